@@ -1,0 +1,1 @@
+"""Every parameter once: name, type, default, help and rule. Standard library only; nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""How weights and training state reach and leave the disk."""

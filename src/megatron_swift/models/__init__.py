@@ -1,0 +1,1 @@
+"""Architecture on one device. Nothing here imports torch.distributed."""

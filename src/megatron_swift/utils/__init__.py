@@ -1,0 +1,1 @@
+"""Logging, errors, environment and files: standard library only, imported by every layer."""
