@@ -1,0 +1,113 @@
+"""Parameters of data sets and of how conversations become tokens."""
+
+# ruff: noqa: RUF009  (`param` makes a field, as dataclasses.field does)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from megatron_swift.args.spec import Arguments, param
+
+LossScale = Literal["default", "last_round", "all", "react", "agentflan", "alpha_umi", "qwen", "hermes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParams(Arguments):
+    group: ClassVar[str] = "Data"
+
+    dataset: list[str] = param(
+        [],
+        "Training data: files, folders or hub names, `[hf::|ms::]NAME[:SUBSET/SUBSET][#ROWS]`; several are joined.",
+    )
+    val_dataset: list[str] = param(
+        [], "Validation data, written like dataset. When given, nothing is split off from dataset."
+    )
+    split_dataset_ratio: float = param(
+        0.01, "Share of each data set's rows taken for validation (at least one row); 0 = none.", at_least=0, below=1
+    )
+    data_seed: int | None = param(None, "Seed of sampling, splitting and shuffling rows. Default: seed.", at_least=0)
+    dataset_num_proc: int = param(1, "Processes that prepare and tokenise the rows.", at_least=1)
+    dataset_shuffle: bool = param(True, "Shuffle the training rows before training.")
+    val_dataset_shuffle: bool = param(False, "Shuffle the validation rows.")
+    streaming: bool = param(
+        False, "Read the data while training instead of before it, for very large data.", not_yet="streaming"
+    )
+    interleave_prob: list[float] | None = param(
+        None,
+        "Probability of each data set when rows are drawn in turn instead of joined.",
+        at_least=0,
+        at_most=1,
+        not_yet="interleaving of data sets",
+    )
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = param(
+        "first_exhausted",
+        "With interleave_prob: stop with the first or the last data set that runs out.",
+        not_yet="interleaving of data sets",
+    )
+    shuffle_buffer_size: int = param(
+        1000, "With streaming: rows held to draw from at random.", at_least=1, not_yet="streaming"
+    )
+    load_from_cache_file: bool = param(
+        False,
+        "Reuse rows prepared by an earlier run.",
+        aliases=("enable_cache",),
+        no_effect="rows are prepared anew in every run",
+    )
+    download_mode: Literal["reuse_dataset_if_exists", "reuse_cache_if_exists", "force_redownload"] = param(
+        "reuse_dataset_if_exists", "Whether a hub data set that is already on disk is downloaded again."
+    )
+    columns: dict[str, Any] | None = param(
+        None, 'Names of columns to read as other names, as JSON: {"question": "query"}.'
+    )
+    strict: bool = param(
+        True,
+        "A row that cannot be used is an error naming file and line (ms-swift drops it). false = drop it and count it.",
+    )
+    remove_unused_columns: bool = param(True, "Drop columns that training does not use.")
+    model_name: list[str] = param(
+        [], "Name that swift/self-cognition teaches the model: one, or one in Chinese and one in English.", max_items=2
+    )
+    model_author: list[str] = param(
+        [],
+        "Author that swift/self-cognition teaches the model: one, or one in Chinese and one in English.",
+        max_items=2,
+    )
+    custom_dataset_info: list[str] = param([], "JSON files that describe further data sets by name.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateParams(Arguments):
+    group: ClassVar[str] = "Template"
+
+    template: str | None = param(None, "Name of the chat template. Default: the model's own.")
+    system: str | None = param(
+        None, "System prompt of rows without one: a text (\\n = new line) or a .txt file. Default: the template's."
+    )
+    max_length: int | None = param(
+        None, "Longest sample, and size of a pack, in tokens. Default: what the model allows.", at_least=1
+    )
+    truncation_strategy: Literal["delete", "left", "right", "raise"] | None = param(
+        None,
+        "What happens to longer samples: dropped, cut on the left, cut on the right, or an error. Default: delete.",
+    )
+    loss_scale: LossScale = param(
+        "default",
+        "Which tokens are trained: default = all answers, last_round = the last answer, all = every token.",
+        not_yet="a weighted loss scale",
+        built=("last_round", "all"),
+    )
+    use_chat_template: bool = param(
+        True, "Wrap conversations in the chat template. false = plain text, as in pre-training."
+    )
+    padding_side: Literal["left", "right"] = param(
+        "right", "Side of padding in batches.", no_effect="rows are joined without padding"
+    )
+    response_prefix: str | None = param(
+        None, "Text put before each answer, such as `<think>\\n`. Default: the template's."
+    )
+    agent_template: str | None = param(
+        None, "Form of tool descriptions and calls. Default: none.", not_yet="an agent template"
+    )
+    template_backend: Literal["swift", "jinja"] = param(
+        "swift", "swift = this product's templates, jinja = the tokenizer's own template.", not_yet="the jinja backend"
+    )

@@ -1,0 +1,147 @@
+"""Parameters that say which model, and its shape where config.json is not to be followed."""
+
+# ruff: noqa: RUF009  (`param` makes a field, as dataclasses.field does)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from megatron_swift.args.spec import Arguments, param
+
+_MOE = "a mixture-of-experts model"
+_CONFIG = "Default: from config.json."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSourceParams(Arguments):
+    group: ClassVar[str] = "Model source"
+
+    model: str | None = param(
+        None, "Local folder or hub name of the Hugging Face model. Default: from the args.json of the checkpoint given."
+    )
+    model_type: str | None = param(
+        None, "Name of the model's family, such as qwen2_5 or llama3_1. Default: found from config.json."
+    )
+    model_revision: str | None = param(None, "Branch, tag or commit of a hub model. Default: the hub's main branch.")
+    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = param(
+        None, "Data type of the weights in computation and in exported files. Default: from config.json."
+    )
+    use_hf: bool = param(
+        False, "Take models and data sets from Hugging Face instead of ModelScope; USE_HF=1 does the same."
+    )
+    hub_token: str | None = param(None, "Access token of the hub. Never written to args.json.")
+    load_args: bool = param(
+        True,
+        "Take model, template and system settings not given here from the args.json of the model or checkpoint.",
+    )
+    load_data_args: bool = param(False, "With load_args: take the data settings from there, too.")
+    model_kwargs: dict[str, Any] | None = param(
+        None,
+        "Extra settings of special models, as JSON; they become upper-case environment variables.",
+        not_yet="settings of special models",
+    )
+    custom_register_path: list[str] = param(
+        [], "Python files that register models, templates or data sets.", not_yet="registering from files"
+    )
+    external_plugins: list[str] = param([], "Python files that extend the product.", not_yet="registering from files")
+    ignore_args_error: bool = param(False, "Only warn about unknown parameters, for scripts shared with other tools.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShapeParams(Arguments):
+    group: ClassVar[str] = "Model"
+
+    num_layers: int | None = param(None, f"Transformer layers. {_CONFIG}", at_least=1)
+    hidden_size: int | None = param(None, f"Width of the residual stream. {_CONFIG}", at_least=1)
+    ffn_hidden_size: int | None = param(None, f"Inner width of the feed-forward network. {_CONFIG}", at_least=1)
+    num_attention_heads: int | None = param(None, f"Query heads. {_CONFIG}", at_least=1)
+    group_query_attention: bool | None = param(
+        None, "Share each key and value head between several query heads.", no_effect="it follows from num_query_groups"
+    )
+    num_query_groups: int | None = param(None, f"Key and value heads. {_CONFIG}", at_least=1)
+    max_position_embeddings: int | None = param(
+        None, f"Longest sequence in tokens that the model knows. {_CONFIG}", at_least=1
+    )
+    position_embedding_type: Literal["learned_absolute", "rope", "relative", "none"] = param(
+        "rope", "How positions enter the model.", not_yet="another position embedding than rope"
+    )
+    rotary_base: int | None = param(None, f"Base of the rotary frequencies (rope_theta). {_CONFIG}", at_least=1)
+    rotary_percent: float = param(
+        1.0, "Share of each head's dimensions that is rotated.", above=0, at_most=1, not_yet="partial rotation"
+    )
+    normalization: Literal["LayerNorm", "RMSNorm"] = param("RMSNorm", "Kind of the norms.", not_yet="LayerNorm")
+    norm_epsilon: float | None = param(None, f"Added to the mean square inside a norm. {_CONFIG}", above=0)
+    swiglu: bool | None = param(
+        None,
+        "Use the gated SwiGLU activation instead of GELU. Default: true.",
+        not_yet="the GELU activation",
+        built=(True,),
+    )
+    untie_embeddings_and_output_weights: bool | None = param(
+        None, "Give the output layer weights of its own instead of the embedding's. Default: from config.json."
+    )
+    disable_bias_linear: bool | None = param(
+        None,
+        "No bias in linear layers (but see add_qkv_bias). Default: true.",
+        not_yet="bias in all linear layers",
+        built=(True,),
+    )
+    add_qkv_bias: bool | None = param(None, f"Bias in the query, key and value projections. {_CONFIG}")
+    attention_dropout: float | None = param(
+        None, "Dropout of attention weights. Default: 0.", at_least=0, below=1, not_yet="dropout", built=(0.0,)
+    )
+    hidden_dropout: float = param(
+        0.0, "Dropout after attention and feed-forward.", at_least=0, below=1, not_yet="dropout"
+    )
+    kv_channels: int | None = param(
+        None, "Dimensions of each head. Default: from config.json, else hidden_size / num_attention_heads.", at_least=1
+    )
+    qk_layernorm: bool | None = param(None, f"Normalise each query and key head before the rotation. {_CONFIG}")
+    transformer_impl: Literal["local", "transformer_engine"] = param(
+        "transformer_engine", "Implementation of the layers.", no_effect="PyTorch's own kernels are used"
+    )
+    padded_vocab_size: int | None = param(None, f"Rows of the embedding. {_CONFIG}", at_least=1)
+    rope_scaling: dict[str, Any] | None = param(
+        None, "Scaling of the rotary frequencies, as JSON in the form of Llama 3.1's config.json. " + _CONFIG
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeParams(Arguments):
+    group: ClassVar[str] = "MoE"
+
+    num_experts: int | None = param(None, f"Experts per layer. {_CONFIG}", at_least=1, not_yet=_MOE)
+    moe_ffn_hidden_size: int | None = param(
+        None, "Inner width of each expert. Default: from config.json, else ffn_hidden_size.", at_least=1, not_yet=_MOE
+    )
+    moe_shared_expert_intermediate_size: int | None = param(
+        None, f"Inner width of all shared experts together; 0 = none. {_CONFIG}", at_least=0, not_yet=_MOE
+    )
+    moe_router_topk: int | None = param(None, f"Experts that each token goes to. {_CONFIG}", at_least=1, not_yet=_MOE)
+    moe_router_pre_softmax: bool | None = param(
+        None, f"Apply the router's softmax before the top-k choice. {_CONFIG}", not_yet=_MOE
+    )
+    moe_aux_loss_coeff: float | None = param(
+        None, f"Weight of the load-balancing loss; 0.01 is a good start. {_CONFIG}", at_least=0, not_yet=_MOE
+    )
+    expert_model_parallel_size: int = param(
+        1, "Ranks that the experts are spread over.", at_least=1, not_yet="expert parallelism"
+    )
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "alltoall_seq"] = param(
+        "alltoall", "How tokens travel to their experts; the result is the same.", not_yet=_MOE
+    )
+    moe_grouped_gemm: bool = param(False, "Compute all experts of a rank in one grouped matrix product.", not_yet=_MOE)
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "sinkhorn", "none"] = param(
+        "aux_loss",
+        "How the router is kept balanced: by a loss per micro-batch or per sequence, by Sinkhorn assignment, or not.",
+        not_yet=_MOE,
+    )
+    moe_z_loss_coeff: float | None = param(
+        None, "Weight of the loss that keeps router logits small. Default: no such loss.", at_least=0, not_yet=_MOE
+    )
+    moe_expert_capacity_factor: float | None = param(
+        None, "Drop an expert's tokens beyond this multiple of the even share. Default: drop none.", not_yet=_MOE
+    )
+    moe_shared_expert_overlap: bool = param(
+        False, "Compute shared experts while tokens travel to the others.", not_yet=_MOE
+    )
