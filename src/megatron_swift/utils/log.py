@@ -24,5 +24,7 @@ def set_up_logging(level: int | None = None) -> None:
     logger.setLevel((level if level is not None else logging.INFO) if rank == 0 else max(level or 0, logging.WARNING))
     logger.propagate = False
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("[%(levelname)s] %(message)s" if rank == 0 else f"[%(levelname)s rank {rank}] %(message)s"))
+    handler.setFormatter(
+        logging.Formatter("[%(levelname)s] %(message)s" if rank == 0 else f"[%(levelname)s rank {rank}] %(message)s")
+    )
     logger.handlers[:] = [handler]

@@ -1,0 +1,244 @@
+"""torch.distributed.checkpoint folders in Megatron-Core's `torch_dist` layout, written and read as boxes of global tensors.
+
+A rank hands over the boxes it holds; no DTensor and no flattening stand between them and the disk. `.metadata` is a pickle: it is read
+with an unpickler that knows a handful of harmless classes and refuses all others, so that a foreign folder cannot run code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from megatron_swift.checkpoint.layout import TensorSpec
+from megatron_swift.utils.errors import CheckpointError
+
+METADATA_JSON = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a global tensor: `data` lies at `offset` in a tensor of `shape`; all three have the same number of dims."""
+
+    key: str
+    data: Tensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def piece_of(spec: TensorSpec, rows: Tensor, start: int, *, num_layers: int, prefix: str = "") -> Piece:
+    """The piece that holds rows [start, start + len(rows)) of a parameter; a layer's piece lies in its stacked tensor."""
+    offset, shape = (start, *[0] * (len(spec.shape) - 1)), spec.shape
+    if spec.layer is None:
+        return Piece(prefix + spec.megatron_key, rows, offset, shape)
+    return Piece(prefix + spec.megatron_key, rows[None], (spec.layer, *offset), (num_layers, *shape))
+
+
+class _SavePieces(DefaultSavePlanner):
+    """Plans exactly the pieces it is given. Each box must come from one rank only."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
+        # Not the parent's: it flattens the state and would drop a rank's empty part.
+        self.state_dict, self.is_coordinator, self.mappings = state_dict, is_coordinator, {}
+
+    def create_local_plan(self) -> SavePlan:
+        self.data = {MetadataIndex(p.key, torch.Size(p.offset)): p.data for p in self.state_dict["pieces"]}
+        items = [
+            WriteItem(
+                index=MetadataIndex(p.key, torch.Size(p.offset)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(p.offset), p.data.size()),
+                    properties=TensorProperties.create_from_tensor(p.data),
+                    size=torch.Size(p.shape),
+                ),
+            )
+            for p in self.state_dict["pieces"]
+        ]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        self.global_plan, self.metadata = create_default_global_save_plan(all_plans)
+        return self.global_plan, self.metadata
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        # The global plan adds a hint to the index; equality of MetadataIndex ignores it.
+        return self.data[MetadataIndex(write_item.index.fqn, write_item.index.offset)].detach().contiguous()
+
+
+def save_pieces(folder: Path, pieces: Sequence[Piece], *, distributed: bool) -> None:
+    """Write the pieces of all ranks into `folder`, which exists. With `distributed` every rank must call it."""
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+    kept = [p for p in pieces if p.data.numel()]
+    dcp.save({"pieces": kept}, storage_writer=writer, planner=_SavePieces(), no_dist=not distributed)
+    (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
+
+
+_SAFE = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+                 "StorageMeta", "_MEM_FORMAT_ENCODING")
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"), ("builtins", "getattr"),
+}  # fmt: skip
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Knows the classes of a DCP `.metadata`; anything else becomes an inert stand-in, nothing is imported or called for it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
+        if (module, name) in _SAFE:
+            return super().find_class(module, name)
+        return type(name, (_Unknown,), {})
+
+
+class _Unknown:
+    """Stands for an object whose class we do not import (Megatron's own save plans, for instance)."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """Enum members are pickled as getattr(class, name): allowed for the one enum a `.metadata` holds."""
+    if getattr(owner, "__name__", "") != "_MEM_FORMAT_ENCODING":
+        raise pickle.UnpicklingError(f"getattr on {owner!r} is not allowed")
+    return owner[name]
+
+
+class DcpFolder:
+    """A DCP folder, read by boxes, with no process group."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            with open(folder / ".metadata", "rb") as file:
+                self.metadata: Metadata = _SafeUnpickler(file).load()
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} is not a torch_dist checkpoint: it has no .metadata",
+                do="give a folder that holds iter_* folders",
+            ) from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise CheckpointError(
+                f"{folder / '.metadata'} cannot be read: {error!r}", do="the file is damaged; use another checkpoint"
+            ) from None
+        self.tensors = {
+            k: v for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)
+        }
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The global shape of a tensor."""
+        return tuple(self.tensors[key].size)
+
+    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The box of `shape` at `offset`, in its stored dtype. Raises CheckpointError when the chunks on disk do not cover it."""
+        if key not in self.tensors:
+            raise CheckpointError(f"{self.folder} holds no {key}", do="use a checkpoint of the same model")
+        stored = self.tensors[key]
+        out = torch.empty(shape, dtype=stored.properties.dtype)
+        covered = 0
+        for chunk in stored.chunks:
+            low = [max(a, b) for a, b in zip(offset, chunk.offsets, strict=True)]
+            high = [min(a + m, b + n) for a, m, b, n in zip(offset, shape, chunk.offsets, chunk.sizes, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            data = self._chunk(key, chunk)
+            target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
+            target.copy_(data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))])
+            covered += target.numel()
+        if covered != out.numel():
+            raise CheckpointError(
+                f"{self.folder}: the chunks of {key} do not cover what is asked for",
+                why=f"{covered} of {out.numel()} values",
+            )
+        return out
+
+    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        if Path(info.relative_path).name != info.relative_path:
+            raise CheckpointError(
+                f"{self.folder / '.metadata'} sends {key} to {info.relative_path!r}, outside the folder",
+                do="do not use this folder",
+            )
+        path = self.folder / info.relative_path
+        try:
+            with open(path, "rb") as file:
+                file.seek(info.offset)
+                return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing, but .metadata names it", do="use another checkpoint") from None
+        except Exception as error:  # torch.load of damaged bytes raises nearly anything
+            raise CheckpointError(f"{path} is damaged at {key}: {error}", do="use another checkpoint") from None
+
+
+class MegatronWeights:
+    """The weights of a Megatron-Core `iter_*` folder under our names."""
+
+    def __init__(self, folder: Path, specs: dict[str, TensorSpec], *, num_layers: int):
+        self.files, self.num_layers = DcpFolder(folder), num_layers
+        keys = {spec.megatron_key for spec in specs.values()}
+        missing = sorted(keys - self.files.tensors.keys())
+        extra = sorted(
+            k for k in self.files.tensors if k.startswith(("decoder.", "embedding.", "output_layer.")) and k not in keys
+        )
+        if missing or extra:
+            raise CheckpointError(
+                f"the weights in {folder} do not fit the model",
+                why=f"missing: {missing[:10]}; unexpected: {extra[:10]}",
+                do="give the model it was trained from",
+            )
+        for spec in specs.values():
+            self._check_shape(spec)
+
+    def _check_shape(self, spec: TensorSpec) -> None:
+        whole = (self.num_layers, *spec.shape) if spec.layer is not None else spec.shape
+        if self.files.shape(spec.megatron_key) != whole:
+            raise CheckpointError(
+                f"{self.files.folder}: {spec.megatron_key} has shape {self.files.shape(spec.megatron_key)}, the model needs {whole}"
+            )
+
+    def read(self, spec: TensorSpec, start: int = 0, stop: int | None = None, *, prefix: str = "") -> Tensor:
+        """Rows [start, stop) of a parameter, or with a prefix of its optimizer state."""
+        rows = (spec.shape[0] if stop is None else stop) - start
+        offset, shape = (start, *[0] * (len(spec.shape) - 1)), (rows, *spec.shape[1:])
+        if spec.layer is None:
+            return self.files.read(prefix + spec.megatron_key, offset, shape)
+        return self.files.read(prefix + spec.megatron_key, (spec.layer, *offset), (1, *shape))[0]

@@ -1,0 +1,151 @@
+"""Hugging Face folders, read by slices and written as a stream, with a strict bijection between their keys and our parameters."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_swift.checkpoint.layout import HuggingFaceTensor, TensorSpec, hugging_face_tensors, tensor_specs
+from megatron_swift.checkpoint.safetensors_io import INDEX, SafetensorsFolder, write_safetensors
+from megatron_swift.checkpoint.weights import TORCH_DTYPES, WeightSource, list_names
+from megatron_swift.models.config import ModelConfig
+from megatron_swift.utils.errors import CheckpointError
+
+# Keys that some folders carry and that say nothing new: old transformers saved rotary frequencies; a tied head may be saved twice.
+_REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq$")
+_TIED_COPY = "lm_head.weight"
+
+# What belongs to a model beside its weights. Everything else in a folder (README, other formats, code) stays behind.
+_COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.tiktoken",
+    "spiece.model", "LICENSE*",
+)  # fmt: skip
+
+
+class HuggingFaceWeights:
+    """The weights of a Hugging Face folder under our names. Opening it checks that every key is used exactly once.
+
+    Raises CheckpointError naming missing, unexpected and wrongly shaped keys.
+    """
+
+    def __init__(self, folder: Path, cfg: ModelConfig):
+        self.folder, self.files = folder, SafetensorsFolder(folder)
+        expected = hugging_face_tensors(tensor_specs(cfg).values())
+        present = {name for name in self.files.file_of if not _REDUNDANT.match(name)}
+        if cfg.tied_embeddings:
+            present.discard(_TIED_COPY)
+        self._check(expected, present)
+
+    def _check(self, expected: dict[str, HuggingFaceTensor], present: set[str]) -> None:
+        missing, unexpected = expected.keys() - present, present - expected.keys()
+        wrong = {
+            f"{name} {self.files.shape(name)} instead of {tensor.shape}"
+            for name, tensor in expected.items()
+            if name in present and self.files.shape(name) != tensor.shape
+        }
+        problems = (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong))
+        found = "; ".join(f"{len(names)} {kind}: {list_names(names)}" for kind, names in problems if names)
+        if found:
+            raise CheckpointError(
+                f"the weights in {self.folder} do not fit its config.json",
+                why=found,
+                do="use the config.json that belongs to these weights",
+            )
+
+    def read(self, spec: TensorSpec, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of one of our parameters; only those rows are read from disk."""
+        stop = spec.shape[0] if stop is None else stop
+        parts, row = [], 0
+        for block in spec.blocks:
+            first, last = max(start, row), min(stop, row + block.rows)
+            if first < last:
+                parts.append(self.files.slice(block.hf_name)[block.start + first - row : block.start + last - row])
+            row += block.rows
+        if not parts:  # an empty slice, of a rank that holds no row
+            return self.files.slice(spec.blocks[0].hf_name)[0:0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def parse_size(text: str) -> int:
+    """'5GB', '200MB', '1000' -> bytes (decimal units, as transformers counts). Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 5GB or 200MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def write_hugging_face(
+    source: WeightSource, cfg: ModelConfig, out: Path, *, like: Path, dtype: str, max_shard_size: int
+) -> None:
+    """Write a complete Hugging Face folder `out` (which exists and is empty) from `source`, one tensor in memory at a time.
+
+    like  : the folder whose config, tokenizer, template and generation files are copied; only the dtype in config.json changes.
+    dtype : "float32", "bfloat16" or "float16", the type of the written weights.
+    max_shard_size : bytes of weights per file; a larger tensor gets a file of its own.
+    The result depends on nothing but the weights: writing it twice, or from another layout, gives the same bytes.
+    """
+    specs = tensor_specs(cfg)
+    tensors = hugging_face_tensors(specs.values())
+    copy_companions(like, out)
+    _write_config(like / "config.json", out / "config.json", dtype)
+    torch_dtype = TORCH_DTYPES[dtype]
+    shards = _shards(tensors, torch_dtype.itemsize, max_shard_size)
+    weight_map, total = {}, 0
+
+    def read(name: str) -> Tensor:
+        parts = [source.read(specs[p.name], p.start, p.start + p.rows).to(torch_dtype) for p in tensors[name].parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(out / file, {name: (torch_dtype, tensors[name].shape) for name in names}, read)
+        weight_map.update(dict.fromkeys(names, file))
+        total += sum(_bytes(tensors[name], torch_dtype.itemsize) for name in names)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    HuggingFaceWeights(out, cfg)  # opened again: every key there, every shape right
+
+
+def copy_companions(like: Path, out: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence files byte for byte."""
+    for pattern in _COMPANIONS:
+        for path in sorted(like.glob(pattern)):
+            if path.is_file() and not path.name.endswith(".safetensors"):
+                shutil.copyfile(path, out / path.name)
+
+
+def _write_config(source: Path, target: Path, dtype: str) -> None:
+    """config.json, byte for byte unless the dtype changes."""
+    text = source.read_text(encoding="utf-8")
+    config = json.loads(text)
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
+    if any(str(config.get(key)).removeprefix("torch.") != dtype for key in keys):
+        config.update(dict.fromkeys(keys, dtype))
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    target.write_text(text, encoding="utf-8")
+
+
+def _bytes(tensor: HuggingFaceTensor, itemsize: int) -> int:
+    size = itemsize
+    for dim in tensor.shape:
+        size *= dim
+    return size
+
+
+def _shards(tensors: dict[str, HuggingFaceTensor], itemsize: int, limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = _bytes(tensor, itemsize)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

@@ -1,0 +1,97 @@
+"""Causal attention over packed rows: torch's variable-length FlashAttention on CUDA, and its plain twin everywhere else."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the segments of a packed row lie.
+
+    lengths : in order, summing to T.  cumulative : int32 [num + 1] on the row's device.  longest : the largest length.
+    """
+
+    lengths: tuple[int, ...]
+    cumulative: Tensor
+    longest: int
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device) -> Segments:
+        """Segments of these lengths, on `device`."""
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Segments(tuple(lengths), ends.to(device, non_blocking=True), max(lengths))
+
+
+# core(q [T, heads, d], k and v [T, groups, d], segments) -> [T, heads, d]
+AttentionCore = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """One scaled_dot_product_attention per segment: any device, any dtype. The reference of every other kernel here."""
+    outputs = []
+    for q_part, k_part, v_part in zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True):
+        heads = (x.transpose(0, 1)[None] for x in (q_part, k_part, v_part))
+        outputs.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def unfused_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, softmax_in_fp32: bool = True) -> Tensor:
+    """Matrix products and a softmax written out, per segment: the slowest and the most literal form.
+
+    softmax_in_fp32 applies to 16-bit inputs; float32 and float64 keep their own precision.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    outputs = []
+    for q_part, k_part, v_part in zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True):
+        k_part, v_part = k_part.repeat_interleave(repeat, 1), v_part.repeat_interleave(repeat, 1)
+        scores = torch.einsum("qhd,khd->hqk", q_part, k_part) / math.sqrt(q.shape[-1])
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        exact = torch.promote_types(q.dtype, torch.float32) if softmax_in_fp32 else q.dtype
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1, dtype=exact).to(q.dtype), v_part))
+    return torch.cat(outputs)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """torch's variable-length FlashAttention-2: CUDA, 16-bit types, one launch for all segments."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, longest = segments.cumulative, segments.longest
+    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The kernel in use and the sentence about it for the start-up banner."""
+
+    core: AttentionCore
+    reason: str
+
+
+def choose_attention(
+    backend: str, *, device: torch.device, dtype: torch.dtype, softmax_in_fp32: bool = True
+) -> AttentionChoice:
+    """Pick the kernel for `--attention_backend`: auto, flash, fused, unfused or local.
+
+    Raises ValueError when `flash` is asked for where it cannot run.
+    """
+    flash_fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if backend in ("unfused", "local"):
+        return AttentionChoice(
+            functools.partial(unfused_attention, softmax_in_fp32=softmax_in_fp32), "written out (unfused)"
+        )
+    if backend == "flash" and not flash_fits:
+        raise ValueError(
+            f"FlashAttention needs a CUDA device and a 16-bit type, not {device.type} and {str(dtype)[6:]}"
+        )
+    if backend in ("auto", "flash") and flash_fits:
+        return AttentionChoice(flash_attention, "torch varlen FlashAttention")
+    return AttentionChoice(plain_attention, "torch scaled_dot_product_attention, segment by segment")

@@ -1,0 +1,67 @@
+"""Cross-entropy of a linear layer: whole logits at once, and a chunked form that never holds them, with the same results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_TOKENS = 512  # logits of one chunk in float32: 512 x 151936 x 4 bytes = 311 MB
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """scale * sum over tokens of -log softmax(hidden weight^T)[target], from whole logits; the plain twin.
+
+    hidden [N, H], weight [V, H], targets int64 [N], scale a scalar in the precision of the softmax (float32; float64 for float64).
+    """
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="sum") * scale
+
+
+def chunked_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """The same value and gradients as `linear_cross_entropy`, holding the logits of CHUNK_TOKENS tokens at a time.
+
+    Gradients are formed in the forward pass, so the weight's gradient costs one buffer of the weight's shape in float32.
+    """
+    return _Chunked.apply(hidden, weight, targets, scale)  # type: ignore[no-any-return]
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if need_weight else None
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        for start in range(0, len(hidden), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            logits = F.linear(hidden[rows], weight).to(exact)
+            log_sum = logits.logsumexp(-1)
+            target = targets[rows, None]
+            loss += (log_sum - logits.gather(-1, target)[:, 0]).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d loss / d logits = softmax - one_hot. The scale goes in before the cast to 16 bits: fp16 would underflow without it.
+            grad = logits.sub_(log_sum[:, None]).exp_()
+            grad.scatter_add_(-1, target, grad.new_full(target.shape, -1.0)).mul_(scale)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += torch.mm(grad.t(), hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None

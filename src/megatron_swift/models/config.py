@@ -1,0 +1,133 @@
+"""The architecture as one frozen value, read from a Hugging Face config.json. No torch here: it is read before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_swift.utils.errors import CheckpointError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer. Field names are Megatron's.
+
+    kv_channels is the size of one attention head; num_query_groups the number of key/value heads; rope_scaling the dict of
+    config.json (None: unscaled). dtype is the type the weights are stored in ("float32", "bfloat16", "float16").
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    rope_scaling: dict[str, Any] | None
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_layernorm: bool
+    dtype: str
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused query/key/value weight."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError naming the file when it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist", do="give the folder of a Hugging Face model") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value
+
+
+def common_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """The ModelConfig fields that every family reads the same way; a family adds qkv_bias and qk_layernorm."""
+    heads = _need(hf, "num_attention_heads")
+    hidden = _need(hf, "hidden_size")
+    groups = hf.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+        )
+    for key, legal in (
+        ("hidden_act", ("silu", "swish")),
+        ("mlp_bias", (False, None)),
+        ("use_sliding_window", (False, None)),
+    ):
+        if key in hf and hf[key] not in legal:
+            raise CheckpointError(
+                f"config.json: {key} {hf[key]!r} is not supported", do="use a model of a supported architecture"
+            )
+    base, scaling = read_rope(hf)
+    return dict(
+        num_layers=_need(hf, "num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=_need(hf, "intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=hf.get("head_dim") or hidden // heads,
+        vocab_size=_need(hf, "vocab_size"),
+        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        rotary_base=base,
+        rope_scaling=scaling,
+        tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        dtype=read_dtype(hf),
+    )
+
+
+def read_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(rotary base, scaling or None), from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    base = scaling.get("rope_theta", hf.get("rope_theta", 10000.0))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return float(base), None
+    if kind not in ("linear", "llama3", "yarn"):
+        raise CheckpointError(
+            f"config.json: rope_type {kind!r} is not supported", do="supported are default, linear, llama3 and yarn"
+        )
+    rest = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")}
+    return float(base), {**rest, "rope_type": kind}
+
+
+def read_dtype(hf: dict[str, Any]) -> str:
+    """The weights' type: `dtype` (transformers 5) or `torch_dtype` (older), float32 when neither is there."""
+    name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise CheckpointError(
+            f"config.json: dtype {name!r} is not supported",
+            do=f"supported are {', '.join(DTYPES)}; quantised weights cannot be trained",
+        )
+    return name
+
+
+def _need(hf: dict[str, Any], key: str) -> int:
+    if not isinstance(hf.get(key), int):
+        raise CheckpointError(f"config.json has no {key}", do="give the folder of a Hugging Face language model")
+    return hf[key]

@@ -1,0 +1,125 @@
+"""A decoder, or the consecutive layers of one that a pipeline stage holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron_swift.kernels.attention import AttentionCore, Segments
+from megatron_swift.kernels.cross_entropy import linear_cross_entropy
+from megatron_swift.models.config import ModelConfig
+from megatron_swift.models.layers import Attention, Embedding, Linear, RMSNorm, TransformerLayer
+from megatron_swift.models.rope import Rotary
+
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Row(NamedTuple):
+    """A packed row on the device.
+
+    tokens, positions int64 [T]; segments of the row; index int64 [N]: the positions that carry loss, targets int64 [N]: what they
+    must predict. Only those N positions reach the vocabulary, which is exact and saves the logits of every prompt token.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Segments
+    index: Tensor
+    targets: Tensor
+
+
+class Blocks(nn.Module):
+    """The transformer layers by their number in the whole model, and the final norm on the last stage."""
+
+    def __init__(self, cfg: ModelConfig, layers: range, *, last: bool):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): TransformerLayer(cfg) for i in layers})
+        self.final_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon) if last else None
+
+
+class TokenEmbedding(nn.Module):
+    """Holds `word_embeddings`, for Megatron-Core's name of it."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.word_embeddings = Embedding(cfg.vocab_size, cfg.hidden_size)
+
+
+class Decoder(nn.Module):
+    """Layers `layers` of the model; `first` adds the token embedding, `last` the final norm and the output layer.
+
+    Parameters are uninitialised. With tied embeddings there is no output_layer: the embedding's weight is used.
+    loss_function is `kernels.cross_entropy`'s plain or chunked form.
+    """
+
+    def __init__(self, cfg: ModelConfig, layers: range | None = None, *, first: bool = True, last: bool = True):
+        super().__init__()
+        self.cfg, self.first, self.last = cfg, first, last
+        self.rotary = Rotary(cfg)
+        self.embedding = TokenEmbedding(cfg) if first or (last and cfg.tied_embeddings) else None
+        self.decoder = Blocks(cfg, layers if layers is not None else range(cfg.num_layers), last=last)
+        self.output_layer = Linear(cfg.hidden_size, cfg.vocab_size) if last and not cfg.tied_embeddings else None
+        self.loss_function: LossFunction = linear_cross_entropy
+
+    @property
+    def attentions(self) -> Iterator[Attention]:
+        """The attention of each layer, in order."""
+        for layer in self.decoder.layers.values():
+            assert isinstance(layer, TransformerLayer)
+            yield layer.self_attention
+
+    def set_attention(self, core: AttentionCore) -> None:
+        """Use one attention kernel in every layer."""
+        for attention in self.attentions:
+            attention.core = core
+
+    def hidden_states(self, x: Tensor, positions: Tensor, segments: Segments) -> Tensor:
+        """tokens int64 [T] (first stage) or hidden [T, H] -> hidden [T, H], normalised on the last stage."""
+        if self.first:
+            assert self.embedding is not None
+            x = self.embedding.word_embeddings(x)
+        rotary = self.rotary(positions, x.dtype)
+        for layer in self.decoder.layers.values():
+            x = layer(x, rotary, segments)
+        return x if self.decoder.final_layernorm is None else self.decoder.final_layernorm(x)
+
+    def output_weight(self) -> Tensor:
+        """The weight [vocabulary, H] that makes logits."""
+        if self.output_layer is not None:
+            return self.output_layer.weight
+        assert self.embedding is not None
+        return self.embedding.word_embeddings.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> logits [N, vocabulary] in the model's dtype."""
+        return torch.nn.functional.linear(hidden, self.output_weight())
+
+    def forward(self, row: Row, scale: Tensor) -> Tensor:
+        """scale * the sum of the row's token losses: a scalar. scale is a 0-dim tensor (float32; float64 for a float64 model)."""
+        hidden = self.hidden_states(row.tokens, row.positions, row.segments)
+        if len(row.index) == 0:
+            # No token is trained, but every rank must still run the same backward: a zero that depends on all that ran.
+            return (hidden.sum() + self.output_weight()[0].sum()) * scale * 0
+        return self.loss_function(hidden[row.index], self.output_weight(), row.targets, scale)
+
+
+def build_decoder(
+    cfg: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    layers: range | None = None,
+    first: bool = True,
+    last: bool = True,
+) -> Decoder:
+    """A Decoder whose (uninitialised) parameters have `dtype` and live on `device`, which may be meta."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return Decoder(cfg, layers, first=first, last=last)
+    finally:
+        torch.set_default_dtype(previous)

@@ -1,0 +1,130 @@
+"""The layers of a decoder on one device. Parameter names and fused layouts are Megatron-Core's.
+
+Shapes: T tokens of a packed row, H hidden size, F feed-forward size, d kv_channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_swift.kernels.attention import AttentionCore, Segments, plain_attention
+from megatron_swift.models.config import ModelConfig
+from megatron_swift.models.rope import rotate
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm over the last dim, computed in float32 (float64 stays float64), as transformers does it."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    scaled = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+    return weight * scaled.to(x.dtype)
+
+
+def new_parameter(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter: every weight is loaded or initialised afterwards."""
+    return nn.Parameter(torch.empty(*shape))
+
+
+class RMSNorm(nn.Module):
+    """A norm of its own (q, k and the final one); the other norms live inside the linear layer they feed."""
+
+    def __init__(self, size: int, epsilon: float):
+        super().__init__()
+        self.weight = new_parameter(size)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class Linear(nn.Module):
+    """y = x W^T (+ b), W [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False):
+        super().__init__()
+        self.weight = new_parameter(out_features, in_features)
+        self.bias = new_parameter(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class NormLinear(nn.Module):
+    """A linear layer that first applies its RMSNorm; one module, because Megatron-Core saves both under one name."""
+
+    def __init__(self, in_features: int, out_features: int, epsilon: float, *, bias: bool = False):
+        super().__init__()
+        self.layer_norm_weight = new_parameter(in_features)
+        self.weight = new_parameter(out_features, in_features)
+        self.bias = new_parameter(out_features) if bias else None
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(rms_norm(x, self.layer_norm_weight, self.epsilon), self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Token vectors, weight [vocabulary, H]."""
+
+    def __init__(self, num_embeddings: int, size: int):
+        super().__init__()
+        self.weight = new_parameter(num_embeddings, size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. `core` is the seam: a kernel, a context-parallel form or a KV cache is put there."""
+
+    core: AttentionCore
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.head_dim, self.heads_per_group = cfg.kv_channels, cfg.heads_per_group
+        self.linear_qkv = NormLinear(cfg.hidden_size, cfg.qkv_rows, cfg.norm_epsilon, bias=cfg.qkv_bias)
+        self.linear_proj = Linear(cfg.num_attention_heads * cfg.kv_channels, cfg.hidden_size)
+        self.q_layernorm = RMSNorm(cfg.kv_channels, cfg.norm_epsilon) if cfg.qk_layernorm else None
+        self.k_layernorm = RMSNorm(cfg.kv_channels, cfg.norm_epsilon) if cfg.qk_layernorm else None
+        self.core = plain_attention
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, d]."""
+        tokens = x.shape[0]
+        # Rows are ordered by query group: its query heads, then its key, then its value.
+        grouped = self.linear_qkv(x).view(tokens, -1, self.heads_per_group + 2, self.head_dim)
+        q, k, v = grouped.split((self.heads_per_group, 1, 1), dim=2)
+        q, k, v = q.reshape(tokens, -1, self.head_dim), k.squeeze(2), v.squeeze(2)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return self.linear_proj(self.core(q, k, v, segments).reshape(tokens, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: linear_fc2(silu(gate) * up), gate and up being the two halves of linear_fc1's rows."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.linear_fc1 = NormLinear(cfg.hidden_size, 2 * cfg.ffn_hidden_size, cfg.norm_epsilon)
+        self.linear_fc2 = Linear(cfg.ffn_hidden_size, cfg.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        gate, up = self.linear_fc1(x).chunk(2, dim=-1)
+        return self.linear_fc2(F.silu(gate) * up)
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and MLP with residual connections."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.self_attention = Attention(cfg)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        x = x + self.self_attention(x, rotary, segments)
+        return x + self.mlp(x)
