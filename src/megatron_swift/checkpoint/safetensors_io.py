@@ -110,7 +110,7 @@ def write_safetensors(
         for name, (dtype, shape) in tensors.items():
             tensor = read(name)
             assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), name
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(text) + offset

@@ -38,8 +38,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
     """One scaled_dot_product_attention per segment: any device, any dtype. The reference of every other kernel here."""
     outputs = []
     for q_part, k_part, v_part in zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True):
-        heads = (x.transpose(0, 1)[None] for x in (q_part, k_part, v_part))
-        outputs.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+        q_heads, k_heads, v_heads = (x.transpose(0, 1)[None] for x in (q_part, k_part, v_part))
+        attended = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=True, enable_gqa=True)
+        outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -65,7 +66,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = segments.cumulative, segments.longest
-    return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    attended = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+    assert isinstance(attended, Tensor)
+    return attended
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from megatron_swift.models.rope import Rotary
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """A packed row on the device.
 
     tokens, positions int64 [T]; segments of the row; index int64 [N]: the positions that carry loss, targets int64 [N]: what they
