@@ -187,8 +187,10 @@ def encode_prompt(
     for number, (query, reply) in enumerate(rounds, 1):
         pieces.template(template.prompt, False, query=query)
         if number < len(rounds):
-            pieces.text(_without_thinking(template, "".join(text for text, _ in reply)), False)
-            pieces.template(template.separator, False)
+            # marked as trained, so that a reply is tokenised apart from its question, as in training
+            pieces.text(_without_thinking(template, "".join(text for text, _ in reply)), True)
+            pieces.template(template.suffix, True)
+            pieces.template(template.between, False)
     pieces.text(template.response_prefix if response_prefix is None else response_prefix, False)
     ids = [_encode_text(tokenizer, item) if isinstance(item, str) else [item] for item, _ in pieces.items]
     return list(chain.from_iterable(ids))

@@ -114,6 +114,7 @@ _ALL = (
     ),
 )
 
+# By name, as written: take one by get_template, which fills its date.
 TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}
 
 

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+from tiny_tokenizer import write_tokenizer
+
+from megatron_swift.data.encode import encode
+from megatron_swift.data.show import render_sample
+from megatron_swift.data.templates import TEMPLATES
+from megatron_swift.data.tokenizer import Tokenizer
+from megatron_swift.data.types import IGNORE, Message, Sample
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
+
+
+def test_marks_what_is_trained(tokenizer):
+    turns = [Message("user", "a"), Message("assistant", "你好\n😀"), Message("user", "b"), Message("assistant", "ZW")]
+    sample = encode(TEMPLATES["chatml"], tokenizer, turns)
+    header, _, text = render_sample(sample, tokenizer, colour=False).partition("\n")
+    num_trained = int((sample.labels != IGNORE).sum())
+    assert header.startswith(f"{len(sample.ids)} tokens, {num_trained} trained")
+    assert text == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦你好\n😀<|im_end|>↵⟧\n"
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦ZW<|im_end|>↵⟧\n"
+    )
+    green = render_sample(sample, tokenizer, colour=True).partition("\n")[2]
+    assert green.replace("\x1b[32m", "⟦").replace("\x1b[0m", "⟧") == text
+
+
+def test_control_characters_do_not_reach_the_terminal(tokenizer):
+    turns = [Message("user", "\x1b[2J\r\x9b\t"), Message("assistant", "\x07ok")]
+    text = render_sample(encode(TEMPLATES["llama3"], tokenizer, turns), tokenizer, colour=False)
+    assert "\\x1b[2J\\r\\x9b\t" in text
+    assert "⟦\\x07ok<|eot_id|>⟧" in text
+    assert "\x1b" not in text
+
+
+def test_all_or_nothing_trained(tokenizer):
+    ids = np.array(tokenizer.encode("XY"), np.int32)
+    assert render_sample(Sample(ids, ids), tokenizer, colour=False).endswith("\n⟦XY⟧")
+    assert render_sample(Sample(ids, np.full_like(ids, IGNORE)), tokenizer, colour=False).endswith("\nXY")
+    empty = np.zeros(0, np.int32)
+    assert render_sample(Sample(empty, empty), tokenizer, colour=False).startswith("0 tokens, 0 trained")
