@@ -24,7 +24,7 @@ class Tokenizer:
     bos_token_id, eos_token_id   : their ids.
     pad_token_id                 : the padding token's id, else the end-of-sequence token's.
     adds_bos                     : True where the tokenizer itself puts a bos in front of a text.
-    generation_eos_ids           : the ids on which the folder's generation_config.json stops, may be empty.
+    generation_eos_ids           : the ids on which generation_config.json (else config.json) stops, may be empty.
     chat_template                : the folder's Jinja chat template, None where it has none.
     """
 
