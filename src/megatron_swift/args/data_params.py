@@ -49,9 +49,8 @@ class DataParams(Arguments):
     )
     load_from_cache_file: bool = param(
         False,
-        "Reuse rows prepared by an earlier run.",
+        "Reuse rows that an earlier run with the same data and settings has encoded.",
         aliases=("enable_cache",),
-        no_effect="rows are prepared anew in every run",
     )
     download_mode: Literal["reuse_dataset_if_exists", "reuse_cache_if_exists", "force_redownload"] = param(
         "reuse_dataset_if_exists", "Whether a hub data set that is already on disk is downloaded again."

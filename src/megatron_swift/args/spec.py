@@ -136,15 +136,14 @@ class Param:
         """The remark in help and reference, "" for a parameter that is fully built."""
         d = self.declared
         if d.not_yet:
-            return f"(not built yet: {'any value but ' + show(d.default) if not d.built else self._missing()})"
+            missing = [v for v in self._few_values() if v not in (d.default, *d.built)]
+            return f"(not built yet: {', '.join(show(v) for v in missing)})" if missing else "(not built yet)"
         if d.fixed:
             return f"(only {show(d.default)}: {d.fixed})"
         return f"(no effect here: {d.no_effect})" if d.no_effect else ""
 
-    def _missing(self) -> str:
-        allowed = (self.default, *self.declared.built)
-        missing = [c for c in self.kind.choices if c not in allowed]
-        return ", ".join(missing) or "any value but " + " or ".join(show(v) for v in allowed if v is not None)
+    def _few_values(self) -> tuple[Any, ...]:
+        return (True, False) if self.kind.base is bool else self.kind.choices
 
     def verify(self, value: Any, where: str) -> None:
         """Raise UsageError unless this version can work with `value`; `where` names the flag or the file and key."""
@@ -156,17 +155,14 @@ class Param:
         if d.max_items is not None and value is not None and len(value) > d.max_items:
             raise UsageError(f"{where} {show(value)}: takes at most {d.max_items} values, got {len(value)}")
         if (d.not_yet or d.fixed) and value not in (d.default, *d.built):
-            leave = " or ".join(show(v) for v in dict.fromkeys((d.default, *d.built)) if v is not None or not d.built)
             if d.fixed:
                 raise UsageError(f"{where} {show(value)}: only {show(d.default)} is offered", why=d.fixed)
-            raise UsageError(
-                f"{where} {show(value)}: {d.not_yet} is not built yet in this version",
-                do=f"use {leave}"
-                if d.built
-                else f"leave it at {leave}"
-                if d.default not in (None, [])
-                else "leave it out",
-            )
+            raise UsageError(f"{where} {show(value)}: {d.not_yet} is not built yet in this version", do=_way_out(d))
+
+
+def _way_out(d: Declared) -> str:
+    usable = [show(v) for v in (d.default, *d.built) if v not in (None, [])]
+    return ("use " if d.built else "leave it at ") + " or ".join(usable) if usable else "leave it out"
 
 
 def _broken_rule(d: Declared, item: Any) -> str:

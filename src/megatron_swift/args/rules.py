@@ -1,0 +1,331 @@
+"""Rules between parameters, checked before any process starts. Each rule is one function that raises UsageError.
+
+Pass the arguments through `inherit.inherit` first, so that `model` is filled in from a checkpoint's args.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from megatron_swift.args.commands import ExportArguments, InferArguments, TrainArguments
+from megatron_swift.utils.errors import UsageError
+from megatron_swift.utils.log import get_logger
+
+TRACKER = "latest_checkpointed_iteration.txt"
+LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
+SELF_COGNITION = "self-cognition"
+
+
+def check_train(args: TrainArguments, *, world_size: int, env: Mapping[str, str] | None = None) -> None:
+    """Raise UsageError for the first combination that cannot train on `world_size` processes; warn about odd ones.
+
+    env : the environment variables of the launcher, checked when given.
+    """
+    if env is not None:
+        check_environment(env)
+    _weights_source(args)
+    _data_source(args)
+    _run_length(args)
+    if args.train_iters is not None:
+        check_schedule(args, train_iters=args.train_iters)
+    _learning_rates(args)
+    _batches(args, data_parallel_size(args, world_size=world_size))
+    _precision(args)
+    _deterministic(args)
+    _recompute(args)
+    _overlap(args)
+    _attention(args)
+    _sequence_parallel(args)
+    _self_cognition(args)
+    _reports(args)
+    if args.max_position_embeddings is not None:
+        check_lengths(args, max_position_embeddings=args.max_position_embeddings)
+
+
+def check_export(args: ExportArguments) -> None:
+    """Raise UsageError unless exactly one conversion is asked for and its source and target are usable."""
+    if args.to_mcore == args.to_hf:
+        both = "both are given" if args.to_hf else "neither is given"
+        raise UsageError(
+            f"swift export needs exactly one of --to_mcore true and --to_hf true; {both}",
+            do="to_mcore makes a Megatron checkpoint of --model, to_hf makes a Hugging Face folder of --mcore_model",
+        )
+    if args.to_mcore:
+        if args.mcore_model is not None:
+            raise UsageError(
+                f"--to_mcore reads --model, but --mcore_model {args.mcore_model} is given", do="leave --mcore_model out"
+            )
+        if args.model is None:
+            raise UsageError("--to_mcore needs the model to convert", do="give it as --model")
+        _model_exists(args.model)
+    else:
+        if args.mcore_model is None:
+            raise UsageError("--to_hf needs the Megatron checkpoint to convert", do="give it as --mcore_model")
+        _holds_checkpoint("--mcore_model", args.mcore_model)
+        _model_known(args.model, f"--mcore_model {args.mcore_model}")
+    if args.output_dir is not None:
+        check_output_dir(args.output_dir, exist_ok=args.exist_ok)
+
+
+def check_infer(args: InferArguments, *, world_size: int = 1) -> None:
+    """Raise UsageError for a combination that cannot generate on `world_size` processes."""
+    if args.model is None:
+        raise UsageError("swift infer needs a model", do="give a folder or a hub name as --model")
+    _model_exists(args.model)
+    batch = bool(args.dataset or args.val_dataset)
+    if world_size > 1 and (args.stream or not batch):
+        reason = "with --stream true" if batch else "without --dataset or --val_dataset"
+        raise UsageError(f"{world_size} processes cannot be used {reason}", do="unset NPROC_PER_NODE")
+    if args.stream and args.max_batch_size > 1:
+        raise UsageError(
+            f"--stream true with --max_batch_size {args.max_batch_size}: only one answer can be shown while it is made",
+            do="use --max_batch_size 1 or --stream false",
+        )
+    for name in ("metric", "val_dataset_sample"):
+        if getattr(args, name) is not None and not batch:
+            raise UsageError(f"--{name} needs a data set to answer", do="give one as --val_dataset")
+
+
+def check_schedule(args: TrainArguments, *, train_iters: int) -> None:
+    """Raise UsageError unless the warm-up ends before the decay. For runs by epochs: call it once steps are known."""
+    decay = args.lr_decay_iters if args.lr_decay_iters is not None else train_iters
+    if args.lr_warmup_iters >= decay:
+        name = "lr_decay_iters" if args.lr_decay_iters is not None else "train_iters"
+        raise UsageError(
+            f"--lr_warmup_iters {args.lr_warmup_iters} must be below {name} {decay}",
+            why="the learning rate would never leave the warm-up",
+            do=f"use at most --lr_warmup_iters {decay - 1}",
+        )
+
+
+def check_lengths(args: TrainArguments, *, max_position_embeddings: int) -> None:
+    """Raise UsageError where samples may be longer than the model allows. Call it again once config.json is read."""
+    for name in ("max_length", "seq_length"):
+        value = getattr(args, name)
+        if value is not None and value > max_position_embeddings:
+            raise UsageError(
+                f"--{name} {value} is more than the model's {max_position_embeddings} positions",
+                why="max_position_embeddings is the longest sequence that the model knows",
+                do=f"use --{name} {max_position_embeddings} or less",
+            )
+
+
+def check_output_dir(path: str, *, exist_ok: bool) -> None:
+    """Raise UsageError where a conversion would write into something that exists. An empty folder is fine."""
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"--output_dir {path} is a file", do="name a folder")
+    if target.is_dir() and not exist_ok and any(target.iterdir()):
+        raise UsageError(
+            f"--output_dir {path} exists and is not empty", do="name another folder or use --exist_ok true to overwrite"
+        )
+
+
+def check_environment(env: Mapping[str, str]) -> None:
+    """Raise UsageError where NPROC_PER_NODE, NNODES, NODE_RANK or MASTER_ADDR cannot start a run."""
+    numbers = {}
+    for name, least in (("NPROC_PER_NODE", 1), ("NNODES", 1), ("NODE_RANK", 0)):
+        text = env.get(name, "")
+        if not text:
+            continue
+        if not text.isascii() or not text.isdecimal() or int(text) < least:
+            raise UsageError(f"{name}={text}: must be a whole number, at least {least}")
+        numbers[name] = int(text)
+    nodes, rank = numbers.get("NNODES", 1), numbers.get("NODE_RANK")
+    if rank is not None and rank >= nodes:
+        raise UsageError(f"NODE_RANK={rank} with NNODES={nodes}", why=f"machines are numbered 0 to {nodes - 1}")
+    address = env.get("MASTER_ADDR", "")
+    if nodes > 1 and address in ("", *LOCAL_NAMES):
+        raise UsageError(
+            f"MASTER_ADDR={address} with NNODES={nodes}" if address else f"NNODES={nodes} needs MASTER_ADDR",
+            why="every machine would wait for itself",
+            do="set MASTER_ADDR to the address of machine 0 on all machines",
+        )
+
+
+def data_parallel_size(args: TrainArguments, *, world_size: int) -> int:
+    """Ranks that see different data: world_size / (TP x PP x CP). UsageError where that is not whole."""
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    if world_size % (tp * pp * cp):
+        raise UsageError(
+            f"{world_size} processes cannot be split by tensor_model_parallel_size {tp} x "
+            f"pipeline_model_parallel_size {pp} x context_parallel_size {cp} = {tp * pp * cp}",
+            do=f"start a multiple of {tp * pp * cp} processes (NPROC_PER_NODE x NNODES) or use smaller sizes",
+        )
+    return world_size // (tp * pp * cp)
+
+
+def has_self_cognition(datasets: Iterable[str]) -> bool:
+    """Whether a data set is swift/self-cognition, whatever its hub, subset or row count."""
+    for name in datasets:
+        plain = name.removeprefix("hf::").removeprefix("ms::").split("#")[0].split(":")[0].rstrip("/")
+        if plain.rsplit("/", 1)[-1].lower() == SELF_COGNITION:
+            return True
+    return False
+
+
+def _weights_source(args: TrainArguments) -> None:
+    if args.model is None and args.load is None:
+        raise UsageError(
+            "no model is given", do="give --load (a Megatron checkpoint) or --model (a Hugging Face model)"
+        )
+    if args.load is not None:
+        missing = not (Path(args.load) / TRACKER).is_file()
+        if missing and (args.exit_on_missing_checkpoint or args.model is None):
+            _holds_checkpoint("--load", args.load)
+        if missing:
+            get_logger().warning("--load %s holds no checkpoint; starting from --model %s", args.load, args.model)
+        _model_known(args.model, f"--load {args.load}")
+    if args.model is not None and args.load is None:
+        _model_exists(args.model)
+
+
+def _holds_checkpoint(flag: str, path: str) -> None:
+    folder = Path(path)
+    if not folder.exists():
+        raise UsageError(
+            f"{flag} {path} does not exist", do="make it with `swift export --to_mcore true`, or mend the path"
+        )
+    if (folder / TRACKER).is_file():
+        return
+    do = "name the folder of a run or conversion, which holds that file"
+    if (folder.parent / TRACKER).is_file():
+        do = f"name the folder above: {flag} {folder.parent}"
+    elif (folder / "config.json").is_file():
+        do = "this is a Hugging Face folder: give it as --model, or convert it with `swift export --to_mcore true`"
+    else:
+        inner = sorted(p.parent for p in folder.glob(f"*/{TRACKER}")) if folder.is_dir() else []
+        if inner:
+            do = f"name the run in it, such as {flag} {inner[-1]}"
+    raise UsageError(f"{flag} {path} holds no checkpoint", why=f"there is no {TRACKER} in it", do=do)
+
+
+def _model_known(model: str | None, source: str) -> None:
+    if model is None:
+        raise UsageError(
+            f"the model that {source} was made from is not known",
+            why="its folder has no args.json with `model` (or --load_args is false)",
+            do="give --model, which supplies config.json and the tokenizer",
+        )
+
+
+def _model_exists(model: str) -> None:
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+        raise UsageError(f"--model {model} is not an existing folder", do="mend the path, or give a hub name")
+
+
+def _data_source(args: TrainArguments) -> None:
+    if not args.dataset:
+        raise UsageError("no training data is given", do="give files, folders or hub names as --dataset A B")
+
+
+def _run_length(args: TrainArguments) -> None:
+    if args.train_iters is None and args.max_epochs is None:
+        raise UsageError("the length of the run is not given", do="give --train_iters N or --max_epochs N")
+    if args.train_iters is not None and args.max_epochs is not None:
+        raise UsageError(
+            f"--train_iters {args.train_iters} and --max_epochs {args.max_epochs} both set the length of the run",
+            do="give one of them",
+        )
+
+
+def _learning_rates(args: TrainArguments) -> None:
+    if args.min_lr > args.lr:
+        raise UsageError(f"--min_lr {args.min_lr:g} is above --lr {args.lr:g}", do=f"use at most --min_lr {args.lr:g}")
+
+
+def _batches(args: TrainArguments, dp: int) -> None:
+    gbs, mbs = args.global_batch_size, args.micro_batch_size
+    if gbs % (mbs * dp) == 0:
+        return
+    legal = [m for m in range(1, gbs // dp + 1) if gbs % (m * dp) == 0]
+    below = gbs // (mbs * dp) * mbs * dp
+    near = " or ".join(str(n) for n in (below, below + mbs * dp) if n > 0)
+    micro = f"--micro_batch_size {_short(legal)} or " if legal else ""
+    raise UsageError(
+        f"--global_batch_size {gbs} is not a multiple of --micro_batch_size {mbs} x {dp} data-parallel ranks",
+        why="every rank must get the same whole number of micro-batches in each step",
+        do=f"use {micro}--global_batch_size {near}",
+    )
+
+
+def _short(numbers: list[int]) -> str:
+    shown = numbers if len(numbers) <= 6 else [*numbers[:3], *numbers[-3:]]
+    return ", ".join(str(n) for n in shown)
+
+
+def _precision(args: TrainArguments) -> None:
+    if args.fp16 and args.bf16:
+        raise UsageError(
+            "--fp16 true and --bf16 true exclude each other", do="give one of them; bf16 needs no loss scale"
+        )
+
+
+def _deterministic(args: TrainArguments) -> None:
+    if not args.deterministic_mode:
+        return
+    flash = "--attention_backend flash" if args.attention_backend == "flash" else ""
+    flash = "--use_flash_attn true" if args.use_flash_attn else flash
+    for clash in (flash, "--cross_entropy_loss_fusion true" if args.cross_entropy_loss_fusion else ""):
+        if clash:
+            raise UsageError(
+                f"--deterministic_mode true excludes {clash}",
+                why="its backward pass adds in an order that changes from run to run",
+                do="leave one of the two out",
+            )
+
+
+def _recompute(args: TrainArguments) -> None:
+    full = args.recompute_granularity == "full"
+    for name in ("recompute_method", "recompute_num_layers"):
+        value = getattr(args, name)
+        if full and value is None:
+            raise UsageError(
+                f"--recompute_granularity full needs --{name}",
+                do="for example --recompute_method uniform --recompute_num_layers 1",
+            )
+        if not full and value is not None:
+            raise UsageError(
+                f"--{name} {value} needs --recompute_granularity full; it is {args.recompute_granularity}",
+                do=f"leave --{name} out or use --recompute_granularity full",
+            )
+
+
+def _overlap(args: TrainArguments) -> None:
+    if not args.overlap_param_gather:
+        return
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if not getattr(args, name):
+            raise UsageError(f"--overlap_param_gather true needs --{name} true", do=f"add --{name} true")
+
+
+def _attention(args: TrainArguments) -> None:
+    if args.use_flash_attn and args.attention_backend not in ("auto", "flash"):
+        raise UsageError(
+            f"--use_flash_attn true contradicts --attention_backend {args.attention_backend}",
+            do="leave one of the two out",
+        )
+
+
+def _sequence_parallel(args: TrainArguments) -> None:
+    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
+        get_logger().warning("--sequence_parallel is disabled: tensor_model_parallel_size is 1")
+
+
+def _self_cognition(args: TrainArguments) -> None:
+    missing = [name for name in ("model_name", "model_author") if not getattr(args, name)]
+    if has_self_cognition([*args.dataset, *args.val_dataset]):
+        if missing:
+            raise UsageError(
+                f"swift/self-cognition needs --model_name and --model_author; missing: {', '.join(missing)}",
+                why="its rows have blanks that these names fill",
+                do="for example --model_name swift-robot --model_author swift",
+            )
+    elif len(missing) < 2:
+        get_logger().warning("--model_name and --model_author are not used: swift/self-cognition is not in --dataset")
+
+
+def _reports(args: TrainArguments) -> None:
+    if "none" in args.report_to and len(args.report_to) > 1:
+        raise UsageError(f"--report_to {' '.join(args.report_to)}: none excludes the others", do="leave none out")
