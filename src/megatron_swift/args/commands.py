@@ -123,7 +123,8 @@ def parse(command: type[A], argv: Sequence[str], *, warn: bool = True) -> A:
         if warn and params[name].declared.no_effect and value != params[name].default:
             get_logger().warning("%s %s has no effect: %s", where[name], show(value), params[name].declared.no_effect)
     for name in flags.repeated if warn else ():
-        get_logger().warning("%s is given more than once; the last value, %s, is used", where[name], show(values[name]))
+        last = "" if params[name].declared.secret else f", {show(values[name])},"
+        get_logger().warning("%s is given more than once; the last value%s is used", where[name], last)
     return command(**values, given=frozenset(values), config_env=env)
 
 

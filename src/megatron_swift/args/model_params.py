@@ -29,7 +29,7 @@ class ModelSourceParams(Arguments):
     use_hf: bool = param(
         False, "Take models and data sets from Hugging Face instead of ModelScope; USE_HF=1 does the same."
     )
-    hub_token: str | None = param(None, "Access token of the hub. Never written to args.json.")
+    hub_token: str | None = param(None, "Access token of the hub. Never written to args.json.", secret=True)
     load_args: bool = param(
         True,
         "Take model, template and system settings not given here from the args.json of the model or checkpoint.",

@@ -24,7 +24,13 @@ def help_text(command: type[Arguments], prog: str = "", width: int = 100) -> str
     width = max(width, 60)
     about = command.__dict__
     prog = prog or about["prog"]
-    lines = [f"usage: {prog} [config.yaml] [--name value ...]", "", about["summary"], "", "example:"]
+    lines = [
+        f"usage: {prog} [config.yaml] [--name value ...]",
+        "",
+        *textwrap.wrap(about["summary"], width),
+        "",
+        "example:",
+    ]
     lines += [*_command_lines(about["example"], width), "", *textwrap.wrap(_SYNTAX, width)]
     for title, members in groupby(params_of(command).values(), key=lambda p: p.group):
         lines += ["", f"{title}:"]

@@ -48,6 +48,7 @@ class Declared:
     built: tuple[Any, ...] = ()
     fixed: str = ""
     no_effect: str = ""
+    secret: bool = False
 
 
 def param(
@@ -66,6 +67,7 @@ def param(
     built: tuple[Any, ...] = (),
     fixed: str = "",
     no_effect: str = "",
+    secret: bool = False,
 ) -> Any:
     """A dataclass field that is one user-visible parameter.
 
@@ -74,6 +76,7 @@ def param(
     not_yet   : what is missing, as a noun; every value but the default and those in `built` is refused with it.
     fixed     : the reason why every value but the default is refused for good.
     no_effect : the reason why the value changes nothing here; a warning says so when the user sets another value.
+    secret    : never shown, logged or written to args.json.
     """
     declared = Declared(
         default=default,
@@ -90,11 +93,12 @@ def param(
         built=built,
         fixed=fixed,
         no_effect=no_effect,
+        secret=secret,
     )
     metadata = {"declared": declared}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 def with_default(group: type[Arguments], name: str, default: Any, help: str) -> Any:

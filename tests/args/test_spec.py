@@ -1,0 +1,123 @@
+"""Declarations: types, rules, and what happens to values that are not built, fixed or without effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_swift.args.commands import COMMANDS, ExportArguments, InferArguments, SftArguments, parse
+from megatron_swift.args.spec import Arguments, params_of
+from megatron_swift.utils.errors import UsageError
+
+GOLDEN = Path(__file__).with_name("golden_parameters.json")
+
+
+def table(command: type[Arguments]) -> dict[str, list]:
+    """Name to type and default, as pinned in the golden file."""
+    return {name: [p.kind.text(), p.default] for name, p in params_of(command).items()}
+
+
+def test_names_types_and_defaults_are_as_pinned():
+    golden = json.loads(GOLDEN.read_text())
+    assert {c.__dict__["prog"]: table(c) for c in COMMANDS} == golden["commands"]
+
+
+def test_every_parameter_of_the_original_document_exists():
+    original = json.loads(GOLDEN.read_text())["original_document"]
+    assert len(original) == 116
+    assert set(original) <= params_of(SftArguments).keys()
+
+
+def test_defaults_obey_their_own_rules():
+    for command in COMMANDS:
+        for p in params_of(command).values():
+            p.verify(p.default, p.name)
+            assert p.declared.help.endswith("."), p.name
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "what", "do"),
+    [
+        (
+            SftArguments,
+            "--tensor_model_parallel_size 2",
+            "tensor parallelism is not built yet in this version",
+            "leave it at 1",
+        ),
+        (SftArguments, "--pipeline_model_parallel_size 2", "pipeline parallelism", "leave it at 1"),
+        (SftArguments, "--context_parallel_size 2", "context parallelism", "leave it at 1"),
+        (SftArguments, "--expert_model_parallel_size 2", "expert parallelism", "leave it at 1"),
+        (SftArguments, "--num_experts 8", "mixture-of-experts", "leave it out"),
+        (SftArguments, "--recompute_granularity full", "recomputation of whole layers", "leave it at selective"),
+        (SftArguments, "--use_distributed_optimizer false", "not built yet", "leave it at true"),
+        (SftArguments, "--ckpt_format zarr", "checkpoint format", "leave it at torch_dist"),
+        (SftArguments, "--dataloader_type external", "streaming", "use cyclic or single"),
+        (SftArguments, "--streaming", "streaming", "leave it at false"),
+        (SftArguments, "--no_initialization false", "random weights", "leave it at true"),
+        (SftArguments, "--swiglu false", "GELU", "use true"),
+        (SftArguments, "--attention_dropout 0.1", "dropout", "use 0.0"),
+        (SftArguments, "--loss_scale react", "loss scale", "use default or last_round or all"),
+        (SftArguments, "--interleave_prob 0.5 0.5", "interleaving", "leave it out"),
+        (SftArguments, "--external_plugins a.py", "registering", "leave it out"),
+        (InferArguments, "--infer_backend vllm", "another engine", "leave it at pt"),
+        (InferArguments, "--num_beams 2", "beam search", "leave it at 1"),
+        (ExportArguments, "--safe_serialization false", "pickled", "leave it at true"),
+        (SftArguments, "--calculate_per_token_loss false", "only true is offered", ""),
+        (SftArguments, "--lr 0", "must be above 0", ""),
+        (SftArguments, "--lr nan", "must be a finite number", ""),
+        (SftArguments, "--micro_batch_size 0", "must be at least 1", ""),
+        (SftArguments, "--seed 0", "must be at least 1", ""),
+        (SftArguments, "--eval_iters -2", "must be at least -1", ""),
+        (SftArguments, "--save_interval 0", "must be at least 1", ""),
+        (SftArguments, "--adam_beta1 1", "must be below 1", ""),
+        (InferArguments, "--top_p 1.5", "must be at most 1", ""),
+        (SftArguments, "--logging_level loud", "must be a number or one of DEBUG", ""),
+        (ExportArguments, "--max_shard_size big", "must be a number with a unit", ""),
+        (SftArguments, "--model_name a b c", "takes at most 2 values", ""),
+    ],
+)
+def test_refused(command, flags, what, do):
+    with pytest.raises(UsageError) as e:
+        parse(command, flags.split())
+    assert what in e.value.what
+    assert e.value.what.startswith(flags.split()[0]), "the message names the flag as typed"
+    assert do in e.value.do
+    assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tensor_model_parallel_size 1",
+        "--swiglu true",
+        "--attention_dropout 0",
+        "--dataloader_type single",
+        "--loss_scale all",
+        "--eval_iters -1",
+        "--calculate_per_token_loss true",
+        "--truncation_strategy raise",
+        "--transformer_impl transformer_engine",
+        "--logging_level debug",
+        "--logging_level 10",
+    ],
+)
+def test_accepted_in_silence(flags, caplog):
+    parse(SftArguments, flags.split())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--no_rope_fusion true", "--no_rope_fusion true has no effect: PyTorch"),
+        ("--transformer_impl local", "--transformer_impl local has no effect"),
+        ("--overlap_grad_reduce", "--overlap_grad_reduce true has no effect: FSDP2 always overlaps"),
+    ],
+)
+def test_a_value_without_effect_is_said(flags, message, caplog):
+    parse(SftArguments, flags.split(), warn=False)
+    assert not caplog.records
+    parse(SftArguments, flags.split())
+    assert [message in r.getMessage() for r in caplog.records] == [True]
