@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,14 @@ from megatron_swift.models.decoder import Decoder, Row, build_decoder
 from megatron_swift.parallel import data as data_parallel
 from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.parallel.shards import Shards
+
+
+class Counts(NamedTuple):
+    """Sizes of a global batch. squares: the sum of squared segment lengths, for the attention's FLOPs."""
+
+    trained: int
+    tokens: int
+    squares: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +50,11 @@ class Engine:
         self.model, self.mesh, self.shards, self.kernels = model, mesh, shards, kernels
         self.exact_dtype = exact_dtype
 
-    def count_tokens(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """(trained tokens, real tokens) of the batches of all data-parallel ranks, by one all-reduce."""
-        counts = self.mesh.sum([sum(b.num_trained for b in batches), sum(len(b.tokens) for b in batches)])
-        return int(counts[0]), int(counts[1])
+    def count(self, batches: Sequence[Batch]) -> Counts:
+        """What the batches of all data-parallel ranks hold, by one all-reduce."""
+        trained, tokens = sum(b.num_trained for b in batches), sum(len(b.tokens) for b in batches)
+        squares = sum(n * n for b in batches for n in b.lengths)
+        return Counts(*(int(n) for n in self.mesh.sum([trained, tokens, squares])))
 
     def forward_backward(self, batches: Sequence[Batch], *, num_tokens: int, loss_scale: float = 1.0) -> float:
         """Leave in the shards the gradient of (sum of token losses) / num_tokens over all ranks; returns the sum of token losses over all ranks.

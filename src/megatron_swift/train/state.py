@@ -1,0 +1,178 @@
+"""Training state to and from checkpoints: weights, optimizer, loss scale, random numbers and the position in the data."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_swift.checkpoint.dcp import MegatronWeights, Piece, piece_of, save_pieces
+from megatron_swift.checkpoint.layout import TensorSpec
+from megatron_swift.checkpoint.weights import WeightSource
+from megatron_swift.parallel.mesh import Mesh
+from megatron_swift.parallel.shards import Shards
+from megatron_swift.train.optim import Optimizer
+from megatron_swift.utils.errors import CheckpointError
+
+STATE_FILE = "state.json"
+_MASTER = "optimizer.state.fp32_param."
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. skipped: steps whose update was left out. data: the fingerprint of the training rows."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped: int = 0
+    optimizer_steps: int = 0
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    data: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def load_weights(shards: Shards, specs: dict[str, TensorSpec], source: WeightSource) -> None:
+    """Fill every local shard from a folder of weights; each rank reads only its own rows."""
+    with torch.no_grad():
+        for shard in shards:
+            stop = shard.start + len(shard.master)
+            shard.master.copy_(source.read(specs[shard.name], shard.start, stop))
+    shards.push()
+
+
+def pieces(
+    shards: Shards, specs: dict[str, TensorSpec], *, num_layers: int, dtype: torch.dtype, optimizer: Optimizer | None
+) -> list[Piece]:
+    """What this rank writes: weights in `dtype` and, with an optimizer, its state and the masters where they say more than the weights."""
+    found = []
+    for shard in shards:
+        # Without FSDP the whole parameter is here, and there is one rank only.
+        spec, master = specs[shard.name], shard.master.detach()
+        found.append(piece_of(spec, master.to(dtype), shard.start, num_layers=num_layers))
+        if optimizer is None:
+            continue
+        if master.dtype != dtype:
+            found.append(piece_of(spec, master, shard.start, num_layers=num_layers, prefix=_MASTER))
+        for name in optimizer.names:
+            state = optimizer.state(shard, name)
+            found.append(piece_of(spec, state, shard.start, num_layers=num_layers, prefix=f"optimizer.state.{name}."))
+    return found
+
+
+def write_state(
+    folder: Path,
+    *,
+    mesh: Mesh,
+    shards: Shards,
+    specs: dict[str, TensorSpec],
+    num_layers: int,
+    dtype: torch.dtype,
+    state: TrainState,
+    optimizer: Optimizer | None,
+    save_rng: bool,
+) -> None:
+    """Write this rank's part of a checkpoint into a staging folder. dtype: of the weights. optimizer None leaves its state out."""
+    mine = pieces(shards, specs, num_layers=num_layers, dtype=dtype, optimizer=optimizer)
+    save_pieces(folder, mine, distributed=mesh.dp is not None)
+    if save_rng:
+        (folder / _rng_file(mesh.rank)).write_text(json.dumps(_rng_state()), encoding="utf-8")
+    if mesh.rank == 0:
+        value = asdict(state) | {"optimizer": optimizer.options.kind if optimizer else None}
+        (folder / STATE_FILE).write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def read_state(folder: Path) -> TrainState:
+    """The position of a checkpoint. Raises CheckpointError when there is none (a converted checkpoint)."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds weights only, no training state",
+            why="it was converted, or written by another program",
+            do="give --finetune true to start a new training from its weights",
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        kind = value.pop("optimizer")
+        state = TrainState(**value)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}", do="use another checkpoint") from None
+    state.settings["optimizer"] = kind
+    return state
+
+
+def load_training_weights(shards: Shards, specs: dict[str, TensorSpec], source: MegatronWeights) -> None:
+    """Like `load_weights`, from the float32 masters of a checkpoint where it has them."""
+    masters = all(_MASTER + spec.megatron_key in source.files for spec in specs.values())
+    with torch.no_grad():
+        for shard in shards:
+            stop = shard.start + len(shard.master)
+            prefix = _MASTER if masters else ""
+            shard.master.copy_(source.read(specs[shard.name], shard.start, stop, prefix=prefix))
+    shards.push()
+
+
+def load_optimizer(
+    optimizer: Optimizer, specs: dict[str, TensorSpec], source: MegatronWeights, state: TrainState
+) -> None:
+    """Fill the optimizer's state. Raises CheckpointError when the checkpoint has none, or another optimizer's."""
+    kind = state.settings.get("optimizer")
+    if kind != optimizer.options.kind:
+        found = f"the state of optimizer {kind}" if kind else "no optimizer state"
+        raise CheckpointError(
+            f"{source.files.folder} holds {found}, not of {optimizer.options.kind}",
+            do="give --no_load_optim true to start with a new one, or --finetune true to start a new training",
+        )
+    for shard in optimizer.shards:
+        if shard.master.numel():
+            for name in optimizer.names:
+                prefix = f"optimizer.state.{name}."
+                stop = shard.start + len(shard.master)
+                optimizer.state(shard, name).copy_(source.read(specs[shard.name], shard.start, stop, prefix=prefix))
+    optimizer.set_num_steps(state.optimizer_steps)
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng_{rank:05d}.json"
+
+
+def _rng_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    name, keys, position, has_gauss, cached = state
+    value = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
+    if torch.cuda.is_available():
+        value["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
+    return value
+
+
+def load_rng(folder: Path, mesh: Mesh) -> None:
+    """Restore this rank's random number generators. Raises CheckpointError when the checkpoint has none for it."""
+    path = folder / _rng_file(mesh.rank)
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no random state of rank {mesh.rank}", do="give --no_load_rng true")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        version, internal, gauss = value["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, position, has_gauss, cached = value["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(_tensor(value["torch"]))
+        if torch.cuda.is_available() and "cuda" in value:
+            torch.cuda.set_rng_state(_tensor(value["cuda"]))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}", do="use another checkpoint") from None
+
+
+def _tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
