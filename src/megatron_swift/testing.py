@@ -1,0 +1,144 @@
+"""A tiny random model as a Hugging Face folder, for tests that need no network and no download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from megatron_swift.checkpoint.weights import TORCH_DTYPES
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_WORDS = "the of and to in is you that it for was are with as his they be at one have this from what were we when your can said"
+
+
+def make_tiny_model(
+    folder: Path,
+    *,
+    family: str = "qwen2",
+    tied: bool = True,
+    layers: int = 2,
+    vocab_size: int = 451,
+    dtype: str = "float32",
+    seed: int = 0,
+    **config: object,
+) -> Path:
+    """Write a complete random model into `folder` (created if need be) and return it; the same arguments give the same bytes.
+
+    family     : qwen2 (biases on q, k, v), qwen3 (q/k norms, head size 32) or llama. Its own chat template is ChatML.
+    vocab_size : rows of the embedding. The tokenizer has fewer tokens: bytes, some English words, SPECIAL_TOKENS last.
+    dtype      : float32, bfloat16 or float16, of the stored weights.
+    config     : entries of config.json to change or add, such as hidden_size, rope_theta or rope_scaling.
+    Norm weights and biases are random too: with ones and zeros a wrong mapping would go unnoticed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = _write_tokenizer(folder, vocab_size)
+    hf: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+        "bos_token_id": tokens["<|endoftext|>"],
+        "eos_token_id": tokens["<|im_end|>"],
+        **({"head_dim": 32, "attention_bias": False} if family == "qwen3" else {}),
+        **({"attention_bias": False, "mlp_bias": False} if family == "llama" else {}),
+        **({"use_sliding_window": False} if family != "llama" else {}),
+        **config,
+    }
+    _write(folder / "config.json", hf)
+    stops = [tokens["<|im_end|>"], tokens["<|endoftext|>"]]
+    _write(folder / "generation_config.json", {"eos_token_id": stops, "pad_token_id": tokens["<|endoftext|>"]})
+    weights = _weights(hf, torch.Generator().manual_seed(seed))
+    stored = {name: weight.to(TORCH_DTYPES[dtype]) for name, weight in weights.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
+    """Byte-level BPE whose merges spell the commonest words; returns the special tokens' ids."""
+    vocab = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges: list[tuple[str, str]] = []
+    for word in _WORDS.split():
+        left = "Ġ"
+        for letter in word:
+            if left + letter not in vocab and len(vocab) + len(SPECIAL_TOKENS) < vocab_size:
+                vocab[left + letter] = len(vocab)
+                merges.append((left, letter))
+            left += letter
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
+    assert backend.get_vocab_size() <= vocab_size, "vocab_size is too small for the bytes and special tokens"
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    _write(folder / "tokenizer_config.json", settings)
+    return {text: number for text, number in backend.get_vocab().items() if text in SPECIAL_TOKENS}
+
+
+def _weights(hf: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random float32 weights under transformers' names."""
+    hidden, heads, groups, inner = (
+        hf[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    )
+    head_dim = hf.get("head_dim") or hidden // heads
+    weights: dict[str, Tensor] = {}
+
+    def matrix(name: str, rows: int, columns: int, scale: float = 0.15) -> None:
+        weights[f"{name}.weight"] = torch.randn(rows, columns, generator=generator) * scale
+
+    def norm(name: str, size: int) -> None:
+        weights[f"{name}.weight"] = 1 + 0.3 * torch.randn(size, generator=generator)
+
+    matrix("model.embed_tokens", hf["vocab_size"], hidden)
+    for layer in range(hf["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        for kind, count in (("q", heads), ("k", groups), ("v", groups)):
+            matrix(f"{at}.self_attn.{kind}_proj", count * head_dim, hidden)
+            if hf["model_type"] == "qwen2":
+                bias = torch.randn(count * head_dim, generator=generator) * 0.3
+                weights[f"{at}.self_attn.{kind}_proj.bias"] = bias
+            if hf["model_type"] == "qwen3" and kind in "qk":
+                norm(f"{at}.self_attn.{kind}_norm", head_dim)
+        matrix(f"{at}.self_attn.o_proj", hidden, heads * head_dim)
+        matrix(f"{at}.mlp.gate_proj", inner, hidden)
+        matrix(f"{at}.mlp.up_proj", inner, hidden)
+        matrix(f"{at}.mlp.down_proj", hidden, inner)
+        norm(f"{at}.input_layernorm", hidden)
+        norm(f"{at}.post_attention_layernorm", hidden)
+    norm("model.norm", hidden)
+    if not hf["tie_word_embeddings"]:
+        matrix("lm_head", hf["vocab_size"], hidden)
+    return weights
