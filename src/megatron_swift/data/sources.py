@@ -127,7 +127,8 @@ def _skip_space(text: str, start: int) -> int:
 
 
 def _scan_array(text: str, *, ascii_only: bool) -> Spans:
-    scan = json.JSONDecoder(object_pairs_hook=len).raw_decode  # builds no objects: only ends matter
+    # Only the ends matter, so no value is built: an object becomes its length, and a number of any size is accepted.
+    scan = json.JSONDecoder(object_pairs_hook=len, parse_int=len, parse_float=len, parse_constant=len).raw_decode
     at = _skip_space(text, text.index("[") + 1)
     spans: list[tuple[int, int]] = []
     closed = text[at : at + 1] == "]"
@@ -364,6 +365,9 @@ def hash_files(paths: Sequence[Path]) -> str:
     """A hash of the files' content and order, not of their names: 32 hexadecimal digits."""
     total = hashlib.blake2b(digest_size=16)
     for path in paths:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, hashlib.blake2b).digest())
+        try:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, hashlib.blake2b).digest())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read", why=str(error)) from error
     return total.hexdigest()

@@ -1,0 +1,201 @@
+"""Rows to the micro-batches of one rank. The only module of `data` that imports torch; no other one imports it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_swift.data.order import Order, micro_batch_positions, num_micro_batches
+from megatron_swift.data.types import IGNORE, Batch, Sample
+
+
+class Rows(Protocol):
+    """Rows of samples, such as PackedRows."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> list[Sample]: ...
+
+
+def collate(samples: Sequence[Sample], *, pad_to_multiple: int, pad_id: int, rows: tuple[int, ...]) -> Batch:
+    """The samples as one packed row of T tokens, T the next multiple of `pad_to_multiple`.
+
+    Labels are shifted within each sample, whose last position predicts nothing. The padding is a last segment of its own:
+    token pad_id, label IGNORE, positions from 0.
+    """
+    lengths = [len(sample.ids) for sample in samples]
+    used = sum(lengths)
+    padding = -used % pad_to_multiple
+    tokens = np.full(used + padding, pad_id, np.int64)
+    labels = np.full(used + padding, IGNORE, np.int64)
+    positions = np.empty(used + padding, np.int64)
+    start = 0
+    for sample, length in zip(samples, lengths, strict=True):
+        stop = start + length
+        tokens[start:stop] = sample.ids
+        labels[start : stop - 1] = sample.labels[1:]
+        positions[start:stop] = np.arange(length)
+        start = stop
+    positions[used:] = np.arange(padding)
+    return Batch(tokens, labels, positions, (*lengths, padding) if padding else tuple(lengths), rows)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch is spread over data-parallel ranks and how a micro-batch is padded."""
+
+    dp_rank: int
+    dp_size: int
+    micro_batch_size: int
+    global_batch_size: int
+    pad_to_multiple: int
+    pad_id: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step on each rank."""
+        return num_micro_batches(
+            dp_size=self.dp_size, micro_batch_size=self.micro_batch_size, global_batch_size=self.global_batch_size
+        )
+
+    def positions(self, step: int, micro: int) -> range:
+        """The positions of this rank's micro-batch."""
+        return micro_batch_positions(
+            step,
+            micro,
+            self.dp_rank,
+            dp_size=self.dp_size,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+        )
+
+    def batch(self, rows: Rows, numbers: Sequence[int]) -> Batch:
+        """The rows of these numbers as one micro-batch; without numbers, one token that is not trained."""
+        samples = [sample for number in numbers for sample in rows.row(number)]
+        if not samples:
+            samples = [Sample(np.array([self.pad_id], np.int32), np.array([IGNORE], np.int32))]
+        return collate(samples, pad_to_multiple=self.pad_to_multiple, pad_id=self.pad_id, rows=tuple(numbers))
+
+
+class _Steps(Dataset):
+    """Step number -> the micro-batches of that step on this rank."""
+
+    def __init__(self, rows: Rows, order: Order, layout: Layout) -> None:
+        self.rows, self.order, self.layout = rows, order, layout
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        layout = self.layout
+        return [
+            layout.batch(self.rows, self.order.rows(layout.positions(step, micro)))
+            for micro in range(layout.num_micro_batches)
+        ]
+
+
+def _as_they_are(batches: list[Batch]) -> list[Batch]:
+    return batches
+
+
+def _start_worker(worker: int) -> None:
+    """A signal to the process group is the trainer's to handle; workers end when it closes their queue or dies."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class TrainLoader:
+    """Iterating yields, for each step, the list of this rank's micro-batches as numpy Batches.
+
+    What a step holds depends on (rows, order, step, layout) only: not on the number of workers, and a run resumed with
+    `first_step` continues the sequence. Over all ranks, a step holds the same rows in every layout.
+
+    first_step, num_steps : global batches to skip (0 at the start of training) and to yield.
+    num_workers           : processes that read ahead, each `prefetch_factor` steps; 0 reads in this process.
+    persistent_workers    : keep the workers for a second iteration over this loader.
+    pin_memory            : put the arrays into page-locked memory, so that torch.from_numpy(array).to(device,
+                            non_blocking=True) does not wait. Only where CUDA is available.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        order: Order,
+        *,
+        first_step: int,
+        num_steps: int,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        num_workers: int,
+        prefetch_factor: int,
+        persistent_workers: bool,
+        pad_to_multiple: int,
+        pad_id: int,
+        pin_memory: bool,
+    ) -> None:
+        layout = Layout(dp_rank, dp_size, micro_batch_size, global_batch_size, pad_to_multiple, pad_id)
+        self._steps = _Steps(rows, order, layout)
+        self._numbers = range(first_step, first_step + num_steps)
+        self._pin = pin_memory and torch.cuda.is_available()
+        self._loader: DataLoader | None = None
+        if num_workers > 0:
+            self._loader = DataLoader(
+                self._steps,
+                batch_size=None,
+                sampler=self._numbers,
+                collate_fn=_as_they_are,
+                num_workers=num_workers,
+                prefetch_factor=prefetch_factor,
+                persistent_workers=persistent_workers,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # else every iteration draws from torch's global random state
+            )
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        steps = map(self._steps.__getitem__, self._numbers) if self._loader is None else self._loader
+        for batches in steps:
+            yield [_pin(batch) for batch in batches] if self._pin else batches
+
+
+def _pin(batch: Batch) -> Batch:
+    tokens, labels, positions = (torch.from_numpy(array).pin_memory().numpy() for array in batch[:3])
+    return batch._replace(tokens=tokens, labels=labels, positions=positions)
+
+
+def eval_batches(
+    rows: Rows,
+    *,
+    num_batches: int,
+    dp_rank: int,
+    dp_size: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    pad_to_multiple: int,
+    pad_id: int,
+) -> Iterator[list[Batch]]:
+    """For each global batch, this rank's micro-batches: equally many on every rank, rows in their own order.
+
+    num_batches : global batches; more than the rows fill goes round again, a row counting as often as it comes.
+                  -1: every row exactly once; where the last global batch has no row left, a micro-batch is one token
+                  (padded) that is not trained and belongs to no row.
+    """
+    layout = Layout(dp_rank, dp_size, micro_batch_size, global_batch_size, pad_to_multiple, pad_id)
+    total = len(rows)
+    assert total > 0, "no rows to evaluate on"
+    once = num_batches == -1
+    for step in range(-(-total // global_batch_size) if once else num_batches):
+        batches = []
+        for micro in range(layout.num_micro_batches):
+            positions = layout.positions(step, micro)
+            numbers = [at if once else at % total for at in positions if at < total or not once]
+            batches.append(layout.batch(rows, numbers))
+        yield batches
