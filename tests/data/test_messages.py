@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_swift.data.messages import RowError, to_messages
 from megatron_swift.data.types import Message
@@ -112,6 +114,10 @@ def turns(*roles: str) -> dict:
         ({"query": "q", "response": "r", "images": ["a.png"]}, "column 'images' is not supported"),
         ({"query": "q", "response": "r", "tools": ["{}"]}, "column 'tools' is not supported"),
         ({"query": "q", "response": "r", "system": 3}, "content is not text"),
+        ({"query": "q\x00", "response": "r"}, "NUL character"),
+        ({"query": "q", "response": "\ud800"}, "lone surrogate"),
+        ({"messages": "[{'role': 'assistant', 'content': '\\ud800'}]"}, "lone surrogate"),
+        ({"messages": "[{1: 2}]"}, "malformed message"),
         ({"messages": []}, "no messages"),
         ({"messages": None}, "malformed column"),
         ({"messages": "hello"}, "malformed column"),
@@ -135,3 +141,43 @@ def test_unusable_row(row, kind):
     with pytest.raises(RowError) as caught:
         to_messages(row)
     assert caught.value.kind == kind
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["user", "gpt", "[]"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "from", "content", "value", "loss", "human", "assistant", "type"]), inner
+        )
+    ),
+    max_leaves=12,
+)
+COLUMNS = [
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "Query",
+    "response",
+    "text",
+    "history",
+    "system",
+]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(st.sampled_from(COLUMNS), JSON))
+def test_any_row_gives_messages_or_a_reason(row):
+    try:
+        messages = to_messages(row)
+    except RowError:
+        return
+    assert messages[-1].role != "user"
+    assert all(isinstance(message.content, str) for message in messages)

@@ -186,7 +186,7 @@ def _from_messages(value: Any, name: str) -> list[Message]:
 
 def _pair(item: dict, number: int) -> list[Message]:
     """{"human": ..., "assistant": ...} as two turns."""
-    sides = {ROLES.get(key.lower()): key for key in item}
+    sides = {ROLES.get(str(key).lower()): key for key in item}
     if "user" not in sides or "assistant" not in sides:
         raise RowError("malformed message", f"message {number} has no role")
     return [Message(role, _text(item[sides[role]], f"message {number}")) for role in ("user", "assistant")]
@@ -208,7 +208,14 @@ def _list(value: Any, name: str) -> list:
 
 
 def _text(value: Any, name: str) -> str:
+    """`value` as text that every tokenizer takes."""
     if isinstance(value, str):
+        if "\x00" in value:
+            raise RowError("NUL character", name)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowError("lone surrogate", f"{name} has half of a UTF-16 pair") from None
         return value
     if (
         isinstance(value, list)

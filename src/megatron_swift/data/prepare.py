@@ -333,7 +333,7 @@ class _Builder:
         usable = []
         for table, start, stop in zip(self.rows.tables, starts[:-1], starts[1:], strict=True):
             value = table.source.request.value
-            self.report.rows_read[value] = int(stop - start)
+            self.report.rows_read[value] = self.report.rows_read.get(value, 0) + int(stop - start)
             usable.append(start + np.flatnonzero(good[start:stop]))
             if not len(usable[-1]):
                 why = self.report.reasons() if stop > start else "it is empty"

@@ -171,14 +171,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
 
 
 def parse_json(raw: bytes) -> Row:
-    """One JSON object; RowError for anything else, and for text that no tokenizer can take (NUL, lone surrogates)."""
+    """One JSON object; RowError for anything else. Escaped NULs and lone surrogates are left to `to_messages`."""
     if raw.startswith(b"\xef\xbb\xbf"):
         raise RowError("byte order mark", "save the file as UTF-8 without BOM")
     if b"\x00" in raw:
         raise RowError("NUL character")
     try:
-        text = raw.decode("utf-8")
-        row = _DECODER.decode(text)
+        row = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise RowError("not UTF-8") from None
     except _Broken as error:
@@ -191,29 +190,7 @@ def parse_json(raw: bytes) -> Row:
         raise RowError("bad JSON", "a number is too long") from None
     if not isinstance(row, dict):
         raise RowError("not a JSON object")
-    if "\\u" in text:
-        _check_escapes(row, text)
     return row
-
-
-def _check_escapes(row: Row, text: str) -> None:
-    lowered = text.lower()
-    if "\\ud" in lowered or "\\u0000" in lowered:
-        plain_text = json.dumps(row, ensure_ascii=False)
-        try:
-            plain_text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RowError("lone surrogate", "half of a UTF-16 pair") from None
-        if "\\u0000" in plain_text and _has_nul(row):
-            raise RowError("NUL character")
-
-
-def _has_nul(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\x00" in value
-    if isinstance(value, dict):
-        return any("\x00" in key or _has_nul(item) for key, item in value.items())
-    return isinstance(value, list) and any(_has_nul(item) for item in value)
 
 
 READERS: dict[str, Reader] = {
