@@ -94,6 +94,18 @@ def test_damage_is_mended(tmp_path, caplog, name, harm):
     check(tmp_path / "k")
 
 
+def test_entry_appears_by_renaming(tmp_path):
+    """A copy would show half an entry to a reader that takes no lock."""
+    inodes = []
+
+    def build_and_note(folder: Path) -> None:
+        inodes.append(folder.stat().st_ino)
+        build(folder)
+
+    entry = build_once(tmp_path, "k", build=build_and_note, check=check)
+    assert entry.folder.stat().st_ino == inodes[0]
+
+
 def test_failed_build_leaves_nothing(tmp_path):
     def fail(folder: Path) -> None:
         (folder / "half").write_text("x")
