@@ -48,12 +48,15 @@ class DataParams(Arguments):
         1000, "With streaming: rows held to draw from at random.", at_least=1, not_yet="streaming"
     )
     load_from_cache_file: bool = param(
-        False,
-        "Reuse rows that an earlier run with the same data and settings has encoded.",
+        True,
+        "Reuse rows that an earlier run with the same data, tokenizer and settings has encoded (ms-swift: false). "
+        "false = encode anew.",
         aliases=("enable_cache",),
     )
     download_mode: Literal["reuse_dataset_if_exists", "reuse_cache_if_exists", "force_redownload"] = param(
-        "reuse_dataset_if_exists", "Whether a hub data set that is already on disk is downloaded again."
+        "reuse_dataset_if_exists",
+        "Whether a hub data set that is already on disk is downloaded again.",
+        not_yet="downloading data sets",
     )
     columns: dict[str, Any] | None = param(
         None, 'Names of columns to read as other names, as JSON: {"question": "query"}.'
@@ -62,7 +65,9 @@ class DataParams(Arguments):
         True,
         "A row that cannot be used is an error naming file and line (ms-swift drops it). false = drop it and count it.",
     )
-    remove_unused_columns: bool = param(True, "Drop columns that training does not use.")
+    remove_unused_columns: bool = param(
+        True, "Drop columns that training does not use.", no_effect="they are never kept"
+    )
     model_name: list[str] = param(
         [], "Name that swift/self-cognition teaches the model: one, or one in Chinese and one in English.", max_items=2
     )
@@ -71,7 +76,9 @@ class DataParams(Arguments):
         "Author that swift/self-cognition teaches the model: one, or one in Chinese and one in English.",
         max_items=2,
     )
-    custom_dataset_info: list[str] = param([], "JSON files that describe further data sets by name.")
+    custom_dataset_info: list[str] = param(
+        [], "JSON files that describe further data sets by name.", not_yet="registering from files"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

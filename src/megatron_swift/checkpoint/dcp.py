@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,15 @@ METADATA_JSON = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a global tensor: `data` lies at `offset` in a tensor of `shape`; all three have the same number of dims."""
+    """A box of a global tensor: `read()` gives its values, of `size`, which lie at `offset` in a tensor of `shape`.
+
+    All three have the same number of dims. A piece is read when it is written, so that a conversion never holds a whole model.
+    """
 
     key: str
-    data: Tensor
+    read: Callable[[], Tensor]
+    dtype: torch.dtype
+    size: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -53,8 +59,18 @@ def piece_of(spec: TensorSpec, rows: Tensor, start: int, *, num_layers: int, pre
     """The piece that holds rows [start, start + len(rows)) of a parameter; a layer's piece lies in its stacked tensor."""
     offset, shape = (start, *[0] * (len(spec.shape) - 1)), spec.shape
     if spec.layer is None:
-        return Piece(prefix + spec.megatron_key, rows, offset, shape)
-    return Piece(prefix + spec.megatron_key, rows[None], (spec.layer, *offset), (num_layers, *shape))
+        return Piece(prefix + spec.megatron_key, lambda: rows, rows.dtype, tuple(rows.shape), offset, shape)
+    key, size = prefix + spec.megatron_key, (1, *rows.shape)
+    return Piece(key, lambda: rows[None], rows.dtype, size, (spec.layer, *offset), (num_layers, *shape))
+
+
+def lazy_piece(spec: TensorSpec, read: Callable[[], Tensor], dtype: torch.dtype, *, num_layers: int) -> Piece:
+    """The piece of a whole parameter that `read` fetches when it is written, in `dtype`."""
+    zeros = (0,) * len(spec.shape)
+    if spec.layer is None:
+        return Piece(spec.megatron_key, read, dtype, spec.shape, zeros, spec.shape)
+    size, shape = (1, *spec.shape), (num_layers, *spec.shape)
+    return Piece(spec.megatron_key, lambda: read()[None], dtype, size, (spec.layer, *zeros), shape)
 
 
 class _SavePieces(DefaultSavePlanner):
@@ -67,14 +83,14 @@ class _SavePieces(DefaultSavePlanner):
         self.state_dict, self.is_coordinator, self.mappings = state_dict, is_coordinator, {}
 
     def create_local_plan(self) -> SavePlan:
-        self.data = {MetadataIndex(p.key, torch.Size(p.offset)): p.data for p in self.state_dict["pieces"]}
+        self.pieces = {MetadataIndex(p.key, torch.Size(p.offset)): p for p in self.state_dict["pieces"]}
         items = [
             WriteItem(
                 index=MetadataIndex(p.key, torch.Size(p.offset)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(p.offset), p.data.size()),
-                    properties=TensorProperties.create_from_tensor(p.data),
+                    chunk=ChunkStorageMetadata(torch.Size(p.offset), torch.Size(p.size)),
+                    properties=TensorProperties(dtype=p.dtype),
                     size=torch.Size(p.shape),
                 ),
             )
@@ -89,25 +105,27 @@ class _SavePieces(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         # The global plan adds a hint to the index; equality of MetadataIndex ignores it.
-        return self.data[MetadataIndex(write_item.index.fqn, write_item.index.offset)].detach().contiguous()
+        return self.pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)].read().detach().contiguous()
 
 
-def save_pieces(folder: Path, pieces: Sequence[Piece], *, distributed: bool) -> None:
-    """Write the pieces of all ranks into `folder`, which exists. With `distributed` every rank must call it."""
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
-    kept = [p for p in pieces if p.data.numel()]
+def save_pieces(folder: Path, pieces: Sequence[Piece], *, distributed: bool, threads: int = 1) -> None:
+    """Write the pieces of all ranks into `folder`, which exists. With `distributed` every rank must call it. threads: files per rank."""
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads)
+    kept = [p for p in pieces if math.prod(p.size)]
     dcp.save({"pieces": kept}, storage_writer=writer, planner=_SavePieces(), no_dist=not distributed)
     (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
 
 
+_METADATA_CLASSES = (
+    *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+    *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+)
 _SAFE = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
-                 "StorageMeta", "_MEM_FORMAT_ENCODING")
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"), ("builtins", "set"), ("builtins", "getattr"),
-}  # fmt: skip
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA_CLASSES),
+    *(("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "StorageMeta")),
+    *(("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout")),
+    *(("collections", "OrderedDict"), ("builtins", "set")),
+}
 
 
 class _SafeUnpickler(pickle.Unpickler):

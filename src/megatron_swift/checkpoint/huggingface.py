@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_swift.checkpoint.companions import copy_companions
 from megatron_swift.checkpoint.layout import HuggingFaceTensor, TensorSpec, hugging_face_tensors, tensor_specs
 from megatron_swift.checkpoint.safetensors_io import INDEX, SafetensorsFolder, write_safetensors
 from megatron_swift.checkpoint.weights import TORCH_DTYPES, WeightSource, list_names
@@ -19,12 +19,6 @@ from megatron_swift.utils.errors import CheckpointError
 # Keys that some folders carry and that say nothing new: old transformers saved rotary frequencies; a tied head may be saved twice.
 _REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq$")
 _TIED_COPY = "lm_head.weight"
-
-# What belongs to a model beside its weights. Everything else in a folder (README, other formats, code) stays behind.
-_COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.tiktoken",
-    "spiece.model", "LICENSE*",
-)  # fmt: skip
 
 
 class HuggingFaceWeights:
@@ -91,7 +85,7 @@ def write_hugging_face(
     """
     specs = tensor_specs(cfg)
     tensors = hugging_face_tensors(specs.values())
-    copy_companions(like, out)
+    copy_companions(like, out, config=False)
     _write_config(like / "config.json", out / "config.json", dtype)
     torch_dtype = TORCH_DTYPES[dtype]
     shards = _shards(tensors, torch_dtype.itemsize, max_shard_size)
@@ -110,14 +104,6 @@ def write_hugging_face(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     HuggingFaceWeights(out, cfg)  # opened again: every key there, every shape right
-
-
-def copy_companions(like: Path, out: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence files byte for byte."""
-    for pattern in _COMPANIONS:
-        for path in sorted(like.glob(pattern)):
-            if path.is_file() and not path.name.endswith(".safetensors"):
-                shutil.copyfile(path, out / path.name)
 
 
 def _write_config(source: Path, target: Path, dtype: str) -> None:

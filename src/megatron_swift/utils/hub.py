@@ -36,7 +36,7 @@ def local_model(model: str, *, use_hf: bool = False, revision: str | None = None
         if hugging_face:
             from huggingface_hub import snapshot_download
         else:
-            from modelscope import snapshot_download
+            from modelscope import snapshot_download  # type: ignore
     except ImportError:
         raise UsageError(
             f"--model {model} is not a local folder, and {hub} cannot be asked: the package {package} is not installed",
@@ -45,9 +45,8 @@ def local_model(model: str, *, use_hf: bool = False, revision: str | None = None
         ) from None
     get_logger().info("model %s: asking %s", model, hub)
     try:
-        if hugging_face:
-            return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=PATTERNS))
-        return Path(snapshot_download(model, revision=revision, token=token, allow_file_pattern=PATTERNS))
+        patterns = {"allow_patterns" if hugging_face else "allow_file_pattern": PATTERNS}
+        return Path(str(snapshot_download(model, revision=revision, token=token, **patterns)))  # type: ignore
     except Exception as error:  # the hubs' libraries raise many kinds, all meaning: it cannot be had
         raise UsageError(
             f"--model {model} cannot be fetched from {hub}: {error}",

@@ -1,0 +1,113 @@
+"""The console scripts `megatron` and `swift`: pick the command, parse, and start it. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_swift import __version__
+from megatron_swift.args.commands import ExportArguments, InferArguments, SftArguments, parse
+from megatron_swift.args.flags import wants_help
+from megatron_swift.args.reference import help_text
+from megatron_swift.args.run_params import logging_level_number
+from megatron_swift.args.spec import Arguments
+from megatron_swift.launch import guarded, launch, wants_torchrun
+from megatron_swift.utils.errors import UsageError
+from megatron_swift.utils.log import set_up_logging
+
+NOT_BUILT = {"pt", "rlhf", "deploy", "rollout", "sample", "eval", "app", "web-ui", "merge-lora"}
+
+
+def megatron() -> None:
+    """Entry point of `megatron`."""
+    sys.exit(main("megatron", sys.argv[1:]))
+
+
+def swift() -> None:
+    """Entry point of `swift`."""
+    sys.exit(main("swift", sys.argv[1:]))
+
+
+def main(program: str, argv: Sequence[str]) -> int:
+    """Run `program` (megatron or swift) with its arguments; returns the exit code."""
+    started = time.time()
+    set_up_logging()
+    commands = COMMANDS[program]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview(program))
+        return 0 if argv else UsageError.exit_code
+    if argv[0] == "--version":
+        print(f"megatron-swift {__version__}")
+        return 0
+    name = argv[0].replace("_", "-")
+    if name not in commands:
+        return guarded(lambda: _unknown(program, argv[0], list(commands)))
+    kind, action = commands[name]
+    if wants_help(argv[1:]):
+        print(help_text(kind), end="")
+        return 0
+    result = 0
+
+    def start() -> None:
+        nonlocal result
+        args = parse(kind, argv[1:])
+        for key, value in args.config_env.items():
+            os.environ.setdefault(key, value)
+        result = action(args, started)
+
+    return guarded(start) or result
+
+
+def _unknown(program: str, name: str, known: list[str]) -> None:
+    if name.replace("_", "-") in NOT_BUILT:
+        raise UsageError(
+            f"{program} {name} is not built yet in this version", do=f"built are: {program} {', '.join(known)}"
+        )
+    near = difflib.get_close_matches(name, known, 1)
+    raise UsageError(
+        f"{program} has no command {name!r}", do=f"did you mean {near[0]}?" if near else f"commands: {', '.join(known)}"
+    )
+
+
+def _overview(program: str) -> str:
+    lines = [f"usage: {program} COMMAND [--name value ...]", "", "commands:"]
+    lines += [f"  {name:10s} {kind.__dict__['summary']}" for name, (kind, _) in COMMANDS[program].items()]
+    return "\n".join([*lines, "", f"`{program} COMMAND --help` lists the parameters."])
+
+
+def _train(args: Any, started: float) -> int:
+    set_up_logging(logging_level_number(args.logging_level))
+    from megatron_swift.commands.setup import prepare_run
+
+    setup = prepare_run(args, os.environ)
+    if wants_torchrun(os.environ):
+        return launch((setup, started), os.environ)
+    from megatron_swift.commands.train import run
+
+    run(setup, started=started)
+    return 0
+
+
+def _export(args: Any, started: float) -> int:
+    from megatron_swift.commands.export import run
+
+    run(args)
+    return 0
+
+
+def _infer(args: Any, started: float) -> int:
+    from megatron_swift.commands.infer import run
+
+    run(args)
+    return 0
+
+
+Action = Callable[[Any, float], int]
+COMMANDS: dict[str, dict[str, tuple[type[Arguments], Action]]] = {
+    "megatron": {"sft": (SftArguments, _train)},
+    "swift": {"export": (ExportArguments, _export), "infer": (InferArguments, _infer)},
+}

@@ -1,0 +1,52 @@
+"""The folder a run writes into, and what stands in it before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+from pathlib import Path
+
+from megatron_swift.args.commands import TrainArguments
+from megatron_swift.args.dump import to_json
+from megatron_swift.checkpoint.companions import FOLDER, copy_companions
+from megatron_swift.data.prepare import Prepared
+from megatron_swift.utils.files import storage_errors, write_json
+
+
+def make_run_dir(save: str, *, add_version: bool) -> Path:
+    """`<save>/v<N>-<YYYYMMDD-HHMMSS>` with the next free N, or `save` itself. It is made, so that a disk that cannot be written fails now."""
+    parent = Path(save).expanduser().absolute()
+    with storage_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        if not add_version:
+            probe = parent / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+            return parent
+        while True:
+            taken = [int(m[1]) for p in parent.iterdir() if (m := re.match(r"^v(\d+)", p.name))]
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            run_dir = parent / f"v{max(taken, default=-1) + 1}-{stamp}"
+            try:
+                run_dir.mkdir()
+            except FileExistsError:  # another run took this number in this very second
+                continue
+            return run_dir
+
+
+def write_run_files(
+    run_dir: Path, args: TrainArguments, prepared: Prepared, *, model_dir: Path, settled: dict[str, object]
+) -> None:
+    """args.json with the settled values, the data report, the validation rows that were split off, and the model's companions."""
+    known = args.model if model_dir.name == FOLDER else str(model_dir.absolute())
+    resolved = dataclasses.replace(args, model=known, save=str(run_dir))
+    write_json(run_dir / "args.json", to_json(resolved) | settled)
+    write_json(run_dir / "data_report.json", prepared.report.as_json())
+    if prepared.val_rows:
+        with storage_errors(run_dir), open(run_dir / "val_dataset.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.val_rows)
+    if not (run_dir / FOLDER).exists():
+        copy_companions(model_dir, run_dir / FOLDER, config=True)

@@ -1,0 +1,272 @@
+"""Everything about a training run that is known before a rank starts: checked once, in one process, without torch.
+
+The data is read, encoded and packed here too, so that no rank ever waits for another one's tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from megatron_swift.args.commands import TrainArguments
+from megatron_swift.args.inherit import inherit
+from megatron_swift.args.rules import TRACKER, check_lengths, check_schedule, check_train, data_parallel_size
+from megatron_swift.checkpoint.companions import FOLDER
+from megatron_swift.checkpoint.layout import tensor_specs
+from megatron_swift.commands.run_folder import make_run_dir, write_run_files
+from megatron_swift.data.encode import LossScale
+from megatron_swift.data.prepare import DataOptions, Prepared, prepare
+from megatron_swift.data.show import render_sample
+from megatron_swift.data.tokenizer import Tokenizer
+from megatron_swift.models.config import ModelConfig
+from megatron_swift.models.families import describe
+from megatron_swift.utils.errors import UsageError
+from megatron_swift.utils.hub import local_model
+from megatron_swift.utils.log import get_logger
+
+MODEL_FIELDS = {
+    **{
+        name: name
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    },
+    **{
+        name: name
+        for name in (
+            "max_position_embeddings",
+            "rotary_base",
+            "norm_epsilon",
+            "kv_channels",
+            "qk_layernorm",
+            "rope_scaling",
+        )
+    },
+    "add_qkv_bias": "qkv_bias",
+    "padded_vocab_size": "vocab_size",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSetup:
+    """What the ranks need to know. Plain values only; handed to them as a file.
+
+    model_dir : the folder with config.json and tokenizer.  dtype : "float32", "bfloat16" or "float16", of weights and compute.
+    data      : the prepared data's folder.  load : the Megatron folder to start from, None for the weights in model_dir.
+    run_dir   : where the run writes; None on nodes other than the first, which are told by rank 0.
+    """
+
+    args: TrainArguments
+    model_dir: Path
+    model: ModelConfig
+    template: str
+    dtype: str
+    data: Path
+    num_rows: int
+    num_val_rows: int
+    pad_id: int
+    train_iters: int
+    dp_size: int
+    load: Path | None
+    run_dir: Path | None
+
+
+def world_size(env: Mapping[str, str]) -> int:
+    """NPROC_PER_NODE x NNODES; 1 without them."""
+    return int(env.get("NPROC_PER_NODE") or 1) * int(env.get("NNODES") or 1)
+
+
+def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
+    """Check the arguments, read the model's configuration, prepare the data, make the run's folder and print the banner.
+
+    Raises the SwiftError of whatever is wrong; nothing has been started then.
+    """
+    inherited = inherit(args)
+    if inherited.values:
+        get_logger().info("from %s: %s", inherited.source, ", ".join(f"{k}={v!r}" for k, v in inherited.values.items()))
+    args = inherited.args
+    check_train(args, world_size=world_size(env), env=env)
+    load = Path(args.load) if args.load is not None and (Path(args.load) / TRACKER).is_file() else None
+    model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
+    tokenizer = Tokenizer.load(model_dir)
+    template = args.template if args.use_chat_template else "generation"
+    described = describe(
+        model_dir, model_type=args.model_type, template=template, chat_template=tokenizer.chat_template
+    )
+    model = override(described.config, args)
+    check_lengths(args, max_position_embeddings=model.max_position_embeddings)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UsageError(
+            f"the tokenizer of {model_dir} has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}",
+            do="use the tokenizer that belongs to the model",
+        )
+    prepared = prepare(data_options(args, described.template, model), tokenizer)
+    dp_size = data_parallel_size(args, world_size=world_size(env))
+    iters = train_iters(args, len(prepared.train))
+    check_schedule(args, train_iters=iters)
+    _check_evaluation(args, prepared)
+    name = (args.model or str(model_dir)).rstrip("/").rsplit("/", 1)[-1]
+    first_node = int(env.get("NODE_RANK") or 0) == 0
+    run_dir = make_run_dir(args.save or f"megatron_output/{name}", add_version=args.add_version) if first_node else None
+    setup = RunSetup(
+        args=args,
+        model_dir=model_dir,
+        model=model,
+        template=described.template,
+        dtype=choose_dtype(args, model),
+        data=prepared.folder,
+        num_rows=len(prepared.train),
+        num_val_rows=len(prepared.val) if prepared.val is not None else 0,
+        pad_id=tokenizer.pad_token_id or 0,
+        train_iters=iters,
+        dp_size=dp_size,
+        load=load,
+        run_dir=run_dir,
+    )
+    if run_dir is not None:
+        write_run_files(
+            run_dir,
+            args,
+            prepared,
+            model_dir=model_dir,
+            settled={"template": setup.template, "torch_dtype": setup.dtype},
+        )
+    _print_banner(setup, described.reason, prepared, tokenizer)
+    return setup
+
+
+def find_model(model: str | None, load: Path | None, *, use_hf: bool, revision: str | None, token: str | None) -> Path:
+    """The folder with config.json and tokenizer: `model`, or what a Megatron folder carries when that is gone."""
+    carried = load / FOLDER if load is not None else None
+    if carried is not None and carried.is_dir() and (model is None or not Path(model).expanduser().is_dir()):
+        return carried
+    assert model is not None  # args.rules saw to it
+    return local_model(model, use_hf=use_hf, revision=revision, token=token)
+
+
+def override(config: ModelConfig, args: TrainArguments) -> ModelConfig:
+    """The user's model parameters over config.json's."""
+    changes = {ours: value for name, ours in MODEL_FIELDS.items() if (value := getattr(args, name)) is not None}
+    if args.untie_embeddings_and_output_weights is not None:
+        changes["tied_embeddings"] = not args.untie_embeddings_and_output_weights
+    for name, value in changes.items():
+        if getattr(config, name) != value:
+            get_logger().warning(
+                "model parameter %s: %r instead of config.json's %r", name, value, getattr(config, name)
+            )
+    return config.replace(**changes)
+
+
+def choose_dtype(args: TrainArguments, model: ModelConfig) -> str:
+    """--fp16 or --bf16, else --torch_dtype, else config.json's; float32 stays float32."""
+    if args.fp16:
+        return "float16"
+    if args.bf16:
+        return "bfloat16"
+    chosen = args.torch_dtype or model.dtype
+    declined = {"float16": args.fp16 is False, "bfloat16": args.bf16 is False}
+    return "float32" if declined.get(chosen) else chosen
+
+
+def system_text(system: str | None) -> str | None:
+    """--system as text: a .txt file's content, or the text with \\n as line breaks."""
+    if system is None:
+        return None
+    if system.endswith(".txt"):
+        try:
+            return Path(system).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise UsageError(
+                f"--system {system} cannot be read: {error.strerror}", do="give a text, or the path of a text file"
+            ) from None
+    return system.replace("\\n", "\n")
+
+
+def data_options(args: TrainArguments, template: str, model: ModelConfig) -> DataOptions:
+    """The data part of the arguments."""
+    return DataOptions(
+        dataset=tuple(args.dataset),
+        val_dataset=tuple(args.val_dataset),
+        split_dataset_ratio=args.split_dataset_ratio,
+        data_seed=args.data_seed if args.data_seed is not None else args.seed,
+        dataset_shuffle=args.dataset_shuffle,
+        val_dataset_shuffle=args.val_dataset_shuffle,
+        strict=args.strict,
+        columns=args.columns or {},
+        model_name=tuple(args.model_name),
+        model_author=tuple(args.model_author),
+        template=template,
+        system=system_text(args.system),
+        max_length=args.max_length or model.max_position_embeddings,
+        truncation=args.truncation_strategy or "delete",
+        loss_scale=cast(LossScale, args.loss_scale),  # the other choices are refused by the parser
+        packing=args.packing,
+        dataset_num_proc=args.dataset_num_proc,
+        use_cache=args.load_from_cache_file,
+    )
+
+
+def train_iters(args: TrainArguments, num_rows: int) -> int:
+    """--train_iters, or the whole global batches in --max_epochs passes (at least one)."""
+    if args.train_iters is not None:
+        iters = args.train_iters
+    else:
+        assert args.max_epochs is not None
+        iters = max(num_rows * args.max_epochs // args.global_batch_size, 1)
+    if args.dataloader_type == "single" and iters * args.global_batch_size > num_rows:
+        raise UsageError(
+            f"--dataloader_type single passes over the data once: {num_rows} rows are {num_rows // args.global_batch_size} "
+            f"iterations of --global_batch_size {args.global_batch_size}, not {iters}",
+            do="lower --train_iters, or use --dataloader_type cyclic",
+        )
+    return iters
+
+
+def _check_evaluation(args: TrainArguments, prepared: Prepared) -> None:
+    if prepared.val is None and args.eval_iters != 0 and args.given & {"eval_iters", "eval_interval"}:
+        get_logger().warning(
+            "there are no validation rows, so nothing is evaluated: give --val_dataset or --split_dataset_ratio"
+        )
+
+
+def _print_banner(setup: RunSetup, reason: str, prepared: Prepared, tokenizer: Tokenizer) -> None:
+    """The facts of the run, one a line, the data report and one sample with its trained tokens marked."""
+    args, model = setup.args, setup.model
+    dp, gbs, mbs = setup.dp_size, args.global_batch_size, args.micro_batch_size
+    decay = args.lr_decay_iters or setup.train_iters
+    passes = setup.train_iters * gbs / setup.num_rows
+    lines = {
+        "model": f"{setup.model_dir}  {model.num_layers} layers, hidden {model.hidden_size}, {num_parameters(model) / 1e6:.1f} M parameters",
+        "weights": f"{setup.load or setup.model_dir}  in {setup.dtype}"
+        + (", float32 masters" if setup.dtype != "float32" else ""),
+        "template": f"{setup.template} ({reason})",
+        "batch": f"micro {mbs} x data parallel {dp} x accumulation {gbs // mbs // dp} = global {gbs}",
+        "schedule": f"{setup.train_iters} iterations = {passes:.2f} passes over {setup.num_rows} rows",
+        "learning rate": f"{args.lr_decay_style}: 0 -> {args.lr:g} in {args.lr_warmup_iters}, to {args.min_lr:g} at {decay}"
+        if args.lr_warmup_iters
+        else f"{args.lr_decay_style}: {args.lr:g} to {args.min_lr:g} at {decay}",
+        "evaluation": _evaluation_line(setup),
+        "output": f"{setup.run_dir}",
+    }
+    for name, text in lines.items():
+        print(f"{name:14s} {text}")
+    print(prepared.report.table())
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print("first sample, trained tokens " + ("in green:" if colour else "in ⟦ ⟧:"))
+    print(render_sample(prepared.first, tokenizer, colour=colour), flush=True)
+
+
+def _evaluation_line(setup: RunSetup) -> str:
+    args = setup.args
+    if not setup.num_val_rows or args.eval_iters == 0:
+        return "none"
+    extent = "all rows once" if args.eval_iters == -1 else f"{args.eval_iters} global batches"
+    return f"every {args.eval_interval or args.save_interval} iterations, {extent}, of {setup.num_val_rows} rows"
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters of the model, from its table of tensors."""
+    return sum(math.prod(spec.shape) for spec in tensor_specs(model).values())

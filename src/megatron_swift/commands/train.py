@@ -1,0 +1,344 @@
+"""`megatron sft` on one rank: from a RunSetup to a trained, published model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_swift.args.commands import TrainArguments
+from megatron_swift.args.dump import to_json
+from megatron_swift.checkpoint.companions import FOLDER
+from megatron_swift.checkpoint.dcp import MegatronWeights
+from megatron_swift.checkpoint.huggingface import HuggingFaceWeights, write_hugging_face
+from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
+from megatron_swift.checkpoint.publish import MANIFEST, Group, keep_last, latest, publish, verify
+from megatron_swift.checkpoint.weights import TORCH_DTYPES
+from megatron_swift.commands.setup import RunSetup
+from megatron_swift.data.cache import PackedRows
+from megatron_swift.data.loader import TrainLoader, eval_batches
+from megatron_swift.data.order import Order
+from megatron_swift.data.prepare import open_prepared
+from megatron_swift.parallel import mesh as meshes
+from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
+from megatron_swift.parallel.mesh import Mesh
+from megatron_swift.train.loop import Actions, LoopOptions, train
+from megatron_swift.train.optim import Optimizer, OptimizerOptions
+from megatron_swift.train.outputs import VS_SAMPLES, OutputOptions, Outputs
+from megatron_swift.train.precision import LossScale
+from megatron_swift.train.schedule import Schedule
+from megatron_swift.train.state import (
+    TrainState,
+    load_optimizer,
+    load_rng,
+    load_training_weights,
+    load_weights,
+    read_state,
+    write_state,
+)
+from megatron_swift.train.trackers import TrackerOptions
+from megatron_swift.utils.errors import CheckpointError, UsageError
+from megatron_swift.utils.files import write_json
+from megatron_swift.utils.log import get_logger
+
+HF_SHARD_BYTES = 5_000_000_000
+
+
+@dataclasses.dataclass
+class _Run:
+    """The parts of a training run on this rank."""
+
+    setup: RunSetup
+    run_dir: Path
+    mesh: Mesh
+    engine: Engine
+    optimizer: Optimizer
+    specs: dict[str, TensorSpec]
+    loss_scale: LossScale
+    state: TrainState
+
+
+def run(setup: RunSetup, *, started: float | None = None) -> None:
+    """Train. started: when the user's command began (time.time), to say how long the start took."""
+    args = setup.args
+    mesh = meshes.start(backend=args.distributed_backend, timeout_minutes=args.distributed_timeout_minutes)
+    try:
+        _seed(args)
+        run_dir = next(d for d in mesh.gather_objects(setup.run_dir) if d is not None)
+        marks = [("processes", time.time())]
+        parts = _build(setup, run_dir, mesh)
+        marks.append(("model and weights", time.time()))
+        prepared = open_prepared(setup.data)
+        _check_data(parts, prepared.folder.name)
+        steps = _train_batches(setup, mesh, prepared.train, parts.state)
+        outputs = _outputs(setup, run_dir, mesh) if mesh.rank == 0 else None
+        if mesh.rank == 0:
+            _say_start(parts, started, marks)
+        actions = Actions(evaluate=_evaluation(setup, parts, prepared.val), save=lambda state: _save(parts, state))
+        train(
+            parts.engine,
+            parts.optimizer,
+            schedule=_schedule(setup),
+            loss_scale=parts.loss_scale,
+            state=parts.state,
+            steps=steps,
+            actions=actions,
+            outputs=outputs,
+            options=_loop_options(setup),
+        )
+        if outputs is not None:
+            outputs.close()
+            print(f"done: {run_dir}", flush=True)
+    finally:
+        meshes.stop()
+
+
+def _seed(args: TrainArguments) -> None:
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    if args.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True)
+
+
+def _build(setup: RunSetup, run_dir: Path, mesh: Mesh) -> _Run:
+    """Model, weights, optimizer and, when resuming, all of the state."""
+    args, cfg = setup.args, setup.model
+    options = EngineOptions(
+        compute_dtype=TORCH_DTYPES[setup.dtype],
+        attention_backend="flash" if args.use_flash_attn else args.attention_backend,
+        chunked_cross_entropy=args.cross_entropy_loss_fusion,
+    )
+    try:
+        engine = build_engine(cfg, mesh, options)
+    except ValueError as error:
+        flag = "--use_flash_attn true" if args.use_flash_attn else f"--attention_backend {args.attention_backend}"
+        raise UsageError(
+            f"{flag} cannot be used here: {error}", do="leave it out: the fastest kernel that fits is taken"
+        ) from None
+    specs = tensor_specs(cfg)
+    decay = OptimizerOptions(
+        kind=args.optimizer,
+        weight_decay=args.weight_decay,
+        beta1=args.adam_beta1,
+        beta2=args.adam_beta2,
+        eps=args.adam_eps,
+        momentum=args.sgd_momentum,
+    )
+    loss_scale, state = LossScale.for_dtype(setup.dtype), TrainState()
+    if setup.load is None:
+        load_weights(engine.shards, specs, HuggingFaceWeights(setup.model_dir, cfg))
+        optimizer = Optimizer(engine.shards, decay)
+    else:
+        folder = _checkpoint(setup.load)
+        source = MegatronWeights(folder, specs, num_layers=cfg.num_layers)
+        if args.finetune:
+            load_training_weights(engine.shards, specs, source)
+            optimizer = Optimizer(engine.shards, decay)
+        else:
+            state = _resumed(folder, args)
+            load_training_weights(engine.shards, specs, source)
+            optimizer = Optimizer(engine.shards, decay)
+            if not args.no_load_optim:
+                load_optimizer(optimizer, specs, source, state)
+                loss_scale.restore(state.loss_scale)
+            if not args.no_load_rng:
+                load_rng(folder, mesh)
+    return _Run(setup, run_dir, mesh, engine, optimizer, specs, loss_scale, state)
+
+
+def _checkpoint(run: Path) -> Path:
+    folder = latest(run)
+    if folder is None:
+        raise CheckpointError(f"--load {run} holds no checkpoint", do="give a folder that holds iter_* folders")
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    return folder
+
+
+def _resumed(folder: Path, args: TrainArguments) -> TrainState:
+    """The state to go on from. A converted checkpoint has none: then both kinds of state must have been declined."""
+    try:
+        state = read_state(folder)
+    except CheckpointError as error:
+        if args.no_load_optim and args.no_load_rng and "weights only" in error.what:
+            return TrainState()
+        raise
+    return state
+
+
+def _check_data(parts: _Run, fingerprint: str) -> None:
+    """Say so when a resumed run meets other data or another batch size: its position then means other rows."""
+    state, args = parts.state, parts.setup.args
+    settings = {"global_batch_size": args.global_batch_size, "seed": args.seed, "lr": args.lr, "min_lr": args.min_lr}
+    if state.iteration:
+        changed = {
+            k: (state.settings[k], v) for k, v in settings.items() if k in state.settings and state.settings[k] != v
+        }
+        if state.data and state.data != fingerprint:
+            changed["training data"] = (state.data, fingerprint)
+        for key, (old, new) in changed.items():
+            get_logger().warning("resuming with another %s: %s then, %s now", key, old, new)
+        if parts.state.iteration >= parts.setup.train_iters:
+            raise UsageError(
+                f"the checkpoint stands at iteration {state.iteration} already, --train_iters is {parts.setup.train_iters}",
+                do="raise --train_iters, or give --finetune true to start anew from its weights",
+            )
+    state.data = fingerprint
+    state.settings = settings
+
+
+def _train_batches(setup: RunSetup, mesh: Mesh, rows: PackedRows, state: TrainState) -> TrainLoader:
+    args = setup.args
+    order = Order(len(rows), seed=args.seed, shuffle=args.dataloader_type == "cyclic")
+    return TrainLoader(
+        rows,
+        order,
+        first_step=state.iteration,
+        num_steps=setup.train_iters - state.iteration,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.global_batch_size,
+        num_workers=args.num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        pad_to_multiple=1,
+        pad_id=setup.pad_id,
+        pin_memory=mesh.device.type == "cuda",
+    )
+
+
+def _evaluation(setup: RunSetup, parts: _Run, rows: PackedRows | None) -> Callable[[], float] | None:
+    args, mesh = setup.args, parts.mesh
+    if rows is None or args.eval_iters == 0:
+        return None
+
+    def evaluate() -> float:
+        loss = tokens = 0.0
+        batches = eval_batches(
+            rows,
+            num_batches=args.eval_iters,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            micro_batch_size=args.micro_batch_size,
+            global_batch_size=args.global_batch_size,
+            pad_to_multiple=1,
+            pad_id=setup.pad_id,
+        )
+        for batch in batches:
+            part, count = parts.engine.evaluate(batch)
+            loss, tokens = loss + part, tokens + count
+        return loss / max(tokens, 1)
+
+    return evaluate
+
+
+def _schedule(setup: RunSetup) -> Schedule:
+    args = setup.args
+    return Schedule(
+        args.lr, args.min_lr, args.lr_decay_style, args.lr_warmup_iters, args.lr_decay_iters or setup.train_iters
+    )
+
+
+def _loop_options(setup: RunSetup) -> LoopOptions:
+    args = setup.args
+    return LoopOptions(
+        train_iters=setup.train_iters,
+        global_batch_size=args.global_batch_size,
+        save_interval=args.save_interval,
+        eval_interval=args.eval_interval or args.save_interval,
+        clip_grad=args.clip_grad,
+        log_params_norm=args.log_params_norm,
+        manual_gc=args.manual_gc,
+        manual_gc_interval=args.manual_gc_interval,
+    )
+
+
+def _outputs(setup: RunSetup, run_dir: Path, mesh: Mesh) -> Outputs:
+    args = setup.args
+    kinds = tuple(k for k in args.report_to if k != "none")
+    name = str(run_dir)
+    trackers = TrackerOptions(
+        kinds=kinds,
+        folder=Path(args.tensorboard_dir).absolute() if args.tensorboard_dir else run_dir / "runs",
+        queue_size=args.tensorboard_queue_size,
+        vs_samples=VS_SAMPLES,
+        projects={"wandb": args.wandb_project or "megatron-swift", "swanlab": args.swanlab_project or "megatron-swift"},
+        names={"wandb": args.wandb_exp_name or name, "swanlab": args.swanlab_exp_name or name},
+        config=to_json(args),
+    )
+    options = OutputOptions(
+        run_dir=run_dir,
+        train_iters=setup.train_iters,
+        global_batch_size=args.global_batch_size,
+        world_size=mesh.world_size,
+        trackers=trackers,
+        log_interval=args.log_interval,
+        tracker_interval=args.tensorboard_log_interval,
+        throughput=args.log_throughput,
+        learning_rate=not args.no_log_learning_rate_to_tensorboard,
+        validation_ppl=args.log_validation_ppl_to_tensorboard,
+        memory=args.log_memory_to_tensorboard,
+        timers=args.log_timers_to_tensorboard,
+    )
+    return Outputs(options, setup.model)
+
+
+def _say_start(parts: _Run, started: float | None, marks: list[tuple[str, float]]) -> None:
+    mesh, kernels = parts.mesh, parts.engine.kernels
+    print(f"{'device':14s} {mesh.device.type} x {mesh.world_size}, backend {mesh.backend if mesh.dp else 'none'}")
+    for name, reason in kernels.items():
+        print(f"{name:14s} {reason}")
+    if parts.state.iteration:
+        print(f"{'resumed':14s} at iteration {parts.state.iteration}, {parts.state.consumed_samples} samples consumed")
+    if started is not None:
+        times, before = [], started
+        for step, at in [*marks, ("data loader", time.time())]:
+            times.append(f"{step} {at - before:.1f} s")
+            before = at
+        print(f"{'start':14s} {before - started:.1f} s since the command: {', '.join(times)}", flush=True)
+
+
+def _save(parts: _Run, state: TrainState) -> None:
+    """Publish a checkpoint of this iteration; with --save_safetensors a Hugging Face folder in it."""
+    setup, args, mesh = parts.setup, parts.setup.args, parts.mesh
+    group = Group(mesh.rank, mesh.gather_objects)
+
+    def write(staging: Path) -> None:
+        write_state(
+            staging,
+            mesh=mesh,
+            shards=parts.engine.shards,
+            specs=parts.specs,
+            num_layers=setup.model.num_layers,
+            dtype=TORCH_DTYPES[setup.dtype],
+            state=state,
+            optimizer=None if args.no_save_optim else parts.optimizer,
+            save_rng=not args.no_save_rng,
+        )
+
+    def finish(staging: Path) -> None:
+        if args.save_safetensors:
+            source = MegatronWeights(staging, parts.specs, num_layers=setup.model.num_layers)
+            out = staging / "hf"
+            out.mkdir()
+            write_hugging_face(
+                source, setup.model, out, like=parts.run_dir / FOLDER, dtype=setup.dtype, max_shard_size=HF_SHARD_BYTES
+            )
+            write_json(out / "args.json", to_json(args) | {"template": setup.template, "torch_dtype": setup.dtype})
+
+    began = time.time()
+    final = publish(parts.run_dir, state.iteration, write, group=group, finish=finish)
+    if mesh.rank == 0:
+        print(f"saved {final} in {time.time() - began:.1f} s", flush=True)
+        if args.save_total_limit is not None:
+            keep_last(parts.run_dir, args.save_total_limit)

@@ -1,0 +1,131 @@
+"""Ranks through torchrun, and one error block for a failure however many ranks saw it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_swift.utils.errors import OutOfMemoryError, SwiftError, WorkerError
+
+FAILURES = "MEGATRON_SWIFT_FAILURES"  # the folder in which a failing rank says why
+INTERRUPTED = 130
+
+
+def wants_torchrun(env: Mapping[str, str]) -> bool:
+    """Whether the user asked for ranks: NPROC_PER_NODE or NNODES is set, as in Megatron-SWIFT."""
+    return bool(env.get("NPROC_PER_NODE") or env.get("NNODES"))
+
+
+def torchrun_options(env: Mapping[str, str]) -> list[str]:
+    """The torchrun options that the environment asks for; on one machine without a MASTER_PORT, a free port is found."""
+    names = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    options = [f"--{name.lower()}={env[name]}" for name in names if env.get(name)]
+    alone = int(env.get("NNODES") or 1) == 1
+    if alone and not env.get("MASTER_PORT"):
+        options += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", f"--rdzv_id={uuid.uuid4()}"]
+    return options
+
+
+def launch(payload: Any, env: Mapping[str, str]) -> int:
+    """Run `megatron_swift.worker` with `payload` (pickled to a private file) on every rank; returns the exit code.
+
+    A failure prints the block of the rank that failed first.
+    """
+    processes = int(env.get("NPROC_PER_NODE") or 1)
+    # torchrun would say OMP_NUM_THREADS=1 and warn; share the cores instead, unless the user decided.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    with tempfile.TemporaryDirectory(prefix="megatron_swift_") as folder:
+        file = Path(folder) / "setup.pickle"
+        file.write_bytes(pickle.dumps(payload))
+        os.environ[FAILURES] = folder
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import elastic_launch
+        from torch.distributed.run import config_from_args, parse_args
+
+        # Its own report of a failure names files of its own and comes on top of ours.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        config, command, arguments = config_from_args(
+            parse_args([*torchrun_options(env), "-m", "megatron_swift.worker", str(file)])
+        )
+        try:
+            elastic_launch(config=config, entrypoint=command)(*arguments)
+        except ChildFailedError as error:
+            return _report(Path(folder), {rank: failure.exitcode for rank, failure in error.failures.items()})
+        except SignalException as error:
+            print(f"stopped by {signal.Signals(error.sigval).name}", file=sys.stderr)
+            return INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)
+    return 0
+
+
+def _report(folder: Path, exit_codes: Mapping[int, int]) -> int:
+    """Print the block of the first failure and return its exit code."""
+    written = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank*.json")]
+    killed = {
+        rank: code for rank, code in exit_codes.items() if code < 0 and not (folder / f"rank{rank}.json").exists()
+    }
+    if killed and (not written or -next(iter(killed.values())) != signal.SIGTERM):
+        # A rank that was killed says nothing itself; the others only report that it is gone.
+        rank, code = next(iter(killed.items()))
+        name = signal.Signals(-code).name
+        hint = "the system may have run out of memory" if -code == signal.SIGKILL else ""
+        print(WorkerError(f"rank {rank} was killed by {name}", why=hint).block(), file=sys.stderr)
+        return WorkerError.exit_code
+    if not written:
+        print(WorkerError(f"the training processes ended with {dict(exit_codes)}").block(), file=sys.stderr)
+        return WorkerError.exit_code
+    first = min(written, key=lambda failure: failure["time"])
+    print(first["block"], file=sys.stderr)
+    return int(first["exit_code"])
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Run a command in this process: 0, or the exit code of what it raised, after printing (or, on a rank, leaving) its block."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SwiftError as error:
+        return _leave(error.block(), error.exit_code)
+    except Exception as error:
+        known = _as_out_of_memory(error)
+        if known is not None:
+            return _leave(known.block(), known.exit_code)
+        rank = os.environ.get("RANK")
+        where = f"rank {rank} failed" if rank else "a failure of the program"
+        block = WorkerError(f"{where}: {type(error).__name__}: {error}", do="the traceback above says where").block()
+        return _leave(f"{traceback.format_exc()}\n{block}", WorkerError.exit_code)
+    return 0
+
+
+def _as_out_of_memory(error: Exception) -> SwiftError | None:
+    if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+        return None
+    what = str(error).split(". ")[0]
+    return OutOfMemoryError(
+        f"out of memory: {what}",
+        do="lower --micro_batch_size or --max_length, use --cross_entropy_loss_fusion true, or more data-parallel ranks",
+    )
+
+
+def _leave(block: str, exit_code: int) -> int:
+    folder, rank = os.environ.get(FAILURES), os.environ.get("RANK")
+    if folder and rank is not None:
+        with contextlib.suppress(OSError):  # the launcher's folder is gone: it will report the exit code alone
+            failure = {"time": time.time(), "exit_code": exit_code, "block": block}
+            (Path(folder) / f"rank{rank}.json").write_text(json.dumps(failure), encoding="utf-8")
+        return exit_code
+    print(block, file=sys.stderr)
+    return exit_code
