@@ -178,16 +178,26 @@ def _resumed(folder: Path, args: TrainArguments) -> TrainState:
 def _check_data(parts: _Run, fingerprint: str) -> None:
     """Say so when a resumed run meets other data or another batch size: its position then means other rows."""
     state, args = parts.state, parts.setup.args
-    settings = {"global_batch_size": args.global_batch_size, "seed": args.seed, "lr": args.lr, "min_lr": args.min_lr}
+    settings: dict[str, object] = {
+        "global_batch_size": args.global_batch_size,
+        "seed": args.seed,
+        "lr": args.lr,
+        "min_lr": args.min_lr,
+    }
     if state.iteration:
-        changed = {
+        changed: dict[str, tuple[object, object]] = {
             k: (state.settings[k], v) for k, v in settings.items() if k in state.settings and state.settings[k] != v
         }
         if state.data and state.data != fingerprint:
             changed["training data"] = (state.data, fingerprint)
         for key, (old, new) in changed.items():
             get_logger().warning("resuming with another %s: %s then, %s now", key, old, new)
-        if parts.state.iteration >= parts.setup.train_iters:
+        if state.consumed_samples % args.global_batch_size:
+            raise UsageError(
+                f"--global_batch_size {args.global_batch_size} does not divide the {state.consumed_samples} samples consumed so far",
+                do=f"resume with the checkpoint's --global_batch_size {state.settings.get('global_batch_size')}",
+            )
+        if state.iteration >= parts.setup.train_iters:
             raise UsageError(
                 f"the checkpoint stands at iteration {state.iteration} already, --train_iters is {parts.setup.train_iters}",
                 do="raise --train_iters, or give --finetune true to start anew from its weights",
@@ -202,7 +212,7 @@ def _train_batches(setup: RunSetup, mesh: Mesh, rows: PackedRows, state: TrainSt
     return TrainLoader(
         rows,
         order,
-        first_step=state.iteration,
+        first_step=state.consumed_samples // args.global_batch_size,
         num_steps=setup.train_iters - state.iteration,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
