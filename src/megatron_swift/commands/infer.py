@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -30,10 +31,7 @@ if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are
     from megatron_swift.infer.questions import Question
 
 # Settings of DataParams and TemplateParams that say nothing here, for a warning when they are given.
-NO_EFFECT = (
-    *("split_dataset_ratio", "dataset_num_proc", "dataset_shuffle", "load_from_cache_file", "loss_scale"),
-    *("merge_lora", "remove_unused_columns"),
-)
+NO_EFFECT = ("split_dataset_ratio", "dataset_num_proc", "dataset_shuffle", "load_from_cache_file", "loss_scale")
 
 
 def run(args: InferArguments) -> None:
@@ -195,6 +193,10 @@ def _device_name(device: torch.device) -> str:
 def _talk(args: InferArguments, engine: Engine, results: ResultFile) -> None:
     from megatron_swift.infer.chat import Chat
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # bytes that are no text reach the chat, which refuses that one input
     get_logger().info("answers are also written to %s", results.path)
     Chat(engine, source=sys.stdin, out=sys.stdout, results=results, stream=args.stream).run()
 

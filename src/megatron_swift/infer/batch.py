@@ -87,6 +87,7 @@ def answer_all(
                     "response": answer.text,
                     "labels": question.labels,
                     "logprobs": None,
+                    "finish_reason": answer.finish,
                     "messages": as_json(question.messages, answer.text),
                 }
             )

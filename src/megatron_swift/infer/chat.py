@@ -98,8 +98,6 @@ class Chat:
         except KeyboardInterrupt:
             answer.end("interrupted")
         self._say((answer.take() if self.stream else answer.text) + f"\n{RULE}\n")
-        if not answer.text:
-            return
         system = self.engine.options.system if self.system is None else self.system
         opening = [Message("system", system)] if system else []
         self.results.write(
@@ -109,7 +107,12 @@ class Chat:
                 "messages": as_json([*opening, *messages], answer.text),
             }
         )
-        self.history = [] if self.engine.template.single_round else [*messages, Message("assistant", answer.text)]
+        if self.engine.template.single_round:
+            self.history = []
+        elif answer.text:
+            self.history = [*messages, Message("assistant", answer.text)]
+        else:
+            get_logger().warning("the answer is empty: this turn is not kept in the conversation")
 
     def _read(self, mode: str) -> str | None:
         """The next input without its line end; None at the end of the source. mode "S" asks for a system prompt."""
