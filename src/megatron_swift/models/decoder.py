@@ -101,9 +101,7 @@ class Decoder(nn.Module):
     def forward(self, row: Row, scale: Tensor) -> Tensor:
         """scale * the sum of the row's token losses: a scalar. scale is a 0-dim tensor (float32; float64 for a float64 model)."""
         hidden = self.hidden_states(row.tokens, row.positions, row.segments)
-        if len(row.index) == 0:
-            # No token is trained, but every rank must still run the same backward: a zero that depends on all that ran.
-            return (hidden.sum() + self.output_weight()[0].sum()) * scale * 0
+        # Without any trained token this is a zero that still depends on all that ran: every rank must run the same backward.
         return self.loss_function(hidden[row.index], self.output_weight(), row.targets, scale)
 
 
