@@ -26,6 +26,8 @@ def chunked_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor
 
     Gradients are formed in the forward pass, so the weight's gradient costs one buffer of the weight's shape in float32.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad does not know of no_grad: it would form gradients for nobody
+        hidden, weight = hidden.detach(), weight.detach()
     return _Chunked.apply(hidden, weight, targets, scale)  # type: ignore[no-any-return]
 
 
