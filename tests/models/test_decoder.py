@@ -1,0 +1,73 @@
+"""The decoder's loss, its chunks for pipeline stages, and rows in which nothing is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_swift.data.types import IGNORE
+from megatron_swift.kernels.cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy
+from megatron_swift.models.decoder import build_decoder
+from megatron_swift.testing import make_tiny_model
+from tiny_models import CPU, as_batch, as_row, load, random_samples
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request, tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"), family="qwen3", tied=request.param, layers=3)
+
+
+@pytest.mark.parametrize("loss_function", [linear_cross_entropy, chunked_linear_cross_entropy])
+def test_forward_is_the_scaled_sum_of_token_losses(folder, loss_function):
+    model = load(folder, torch.float64)
+    model.loss_function = loss_function
+    batch = as_batch(random_samples(np.random.default_rng(0), (9, 1, 30), trained=0.4, vocab_size=451))
+    row = as_row(batch)
+    loss = model(row, torch.tensor(0.25, dtype=torch.float64))
+    logits = model.logits(model.hidden_states(row.tokens, row.positions, row.segments))
+    every = F.cross_entropy(logits, torch.from_numpy(batch.labels), reduction="none", ignore_index=IGNORE)
+    assert 0 < len(row.index) < 20
+    torch.testing.assert_close(loss, every.sum() / 4, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("loss_function", [linear_cross_entropy, chunked_linear_cross_entropy])
+def test_a_row_without_trained_tokens_gives_zeros(folder, loss_function, dtype):
+    """An exact zero and a zero gradient of every parameter, even where the sum of the row overflows fp16."""
+    model = load(folder, dtype)
+    model.loss_function = loss_function
+    with torch.no_grad():
+        model.decoder.final_layernorm.weight.fill_(60.0)
+        model.decoder.layers["2"].mlp.linear_fc2.weight.fill_(1.0)
+    row = as_row(as_batch(random_samples(np.random.default_rng(0), (400,), trained=0.0, vocab_size=451)))
+    loss = model(row, torch.tensor(2.0**32, dtype=torch.promote_types(dtype, torch.float32)))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_chunks_in_turn_are_the_whole(folder):
+    whole = load(folder)
+    positions = torch.arange(7)
+    row = as_row(
+        as_batch(random_samples(np.random.default_rng(0), (7,), trained=1.0, vocab_size=451), pad_to_multiple=1)
+    )
+    x, names = row.tokens, set()
+    for layers, first, last in ((range(0, 1), True, False), (range(1, 3), False, True)):
+        part = build_decoder(whole.cfg, dtype=torch.float32, device=CPU, layers=layers, first=first, last=last)
+        part.load_state_dict(whole.state_dict(), strict=False)
+        names |= {name for name, _ in part.named_parameters()}
+        x = part.hidden_states(x, positions, row.segments)
+    assert names == {name for name, _ in whole.named_parameters()}
+    assert torch.equal(x, whole.hidden_states(row.tokens, positions, row.segments))
+    assert torch.equal(part.logits(x), whole.logits(x))
+
+
+def test_build_leaves_the_default_dtype_alone(folder):
+    model = build_decoder(load(folder).cfg, dtype=torch.bfloat16, device=torch.device("meta"))
+    assert torch.get_default_dtype() == torch.float32
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+    assert model.rotary.inverse.dtype == torch.float32 and model.rotary.inverse.device == CPU
