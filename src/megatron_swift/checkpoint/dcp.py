@@ -10,6 +10,7 @@ import io
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -109,10 +111,18 @@ class _SavePieces(DefaultSavePlanner):
 
 
 def save_pieces(folder: Path, pieces: Sequence[Piece], *, distributed: bool, threads: int = 1) -> None:
-    """Write the pieces of all ranks into `folder`, which exists. With `distributed` every rank must call it. threads: files per rank."""
+    """Write the pieces of all ranks into `folder`, which exists. With `distributed` every rank must call it. threads: files per rank.
+
+    What fails on one rank is raised on all of them.
+    """
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads)
     kept = [p for p in pieces if math.prod(p.size)]
-    dcp.save({"pieces": kept}, storage_writer=writer, planner=_SavePieces(), no_dist=not distributed)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is what no_dist asks for
+            dcp.save({"pieces": kept}, storage_writer=writer, planner=_SavePieces(), no_dist=not distributed)
+    except CheckpointException as error:  # a BaseException, which nobody above expects
+        raise min(error.failures.items())[1][0] from None
     (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
 
 
@@ -158,14 +168,58 @@ def _enum_member(owner: Any, name: str) -> Any:
     return owner[name]
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """A box of a tensor that lies in bytes [start, start + length) of a file."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as `.metadata` describes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[_Chunk, ...]
+
+
+def _stored_tensors(metadata: Metadata) -> dict[str, _Stored]:
+    """The tensors of a `.metadata` as plain values. Raises nearly anything where it is damaged or forged."""
+    found = {}
+    for key, value in metadata.state_dict_metadata.items():
+        if not isinstance(value, TensorStorageMetadata):
+            continue
+        shape, dtype, chunks = _ints(value.size), value.properties.dtype, []
+        for chunk in value.chunks:
+            info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            offset, size = _ints(chunk.offsets), _ints(chunk.sizes)
+            start, length = _ints((info.offset, info.length))
+            if len(offset) != len(shape) or len(size) != len(shape) or not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{key} contradicts itself")
+            chunks.append(_Chunk(offset, size, str(info.relative_path), start, length))
+        found[str(key)] = _Stored(shape, dtype, tuple(chunks))
+    return found
+
+
+def _ints(values: Sequence[int]) -> tuple[int, ...]:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values!r} are no sizes")
+    return tuple(values)
+
+
 class DcpFolder:
-    """A DCP folder, read by boxes, with no process group."""
+    """A DCP folder, read by boxes, with no process group. `tensors` describes what is in it, by key."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         try:
             with open(folder / ".metadata", "rb") as file:
-                self.metadata: Metadata = _SafeUnpickler(file).load()
+                self.tensors = _stored_tensors(_SafeUnpickler(file).load())
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder} is not a torch_dist checkpoint: it has no .metadata",
@@ -175,52 +229,52 @@ class DcpFolder:
             raise CheckpointError(
                 f"{folder / '.metadata'} cannot be read: {error!r}", do="the file is damaged; use another checkpoint"
             ) from None
-        self.tensors = {
-            k: v for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)
-        }
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The global shape of a tensor."""
-        return tuple(self.tensors[key].size)
+        return self.tensors[key].shape
 
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """The box of `shape` at `offset`, in its stored dtype. Raises CheckpointError when the chunks on disk do not cover it."""
         if key not in self.tensors:
             raise CheckpointError(f"{self.folder} holds no {key}", do="use a checkpoint of the same model")
         stored = self.tensors[key]
-        out = torch.empty(shape, dtype=stored.properties.dtype)
+        out = torch.empty(shape, dtype=stored.dtype)
         covered = 0
         for chunk in stored.chunks:
-            low = [max(a, b) for a, b in zip(offset, chunk.offsets, strict=True)]
-            high = [min(a + m, b + n) for a, m, b, n in zip(offset, shape, chunk.offsets, chunk.sizes, strict=True)]
+            low = [max(a, b) for a, b in zip(offset, chunk.offset, strict=True)]
+            high = [min(a + m, b + n) for a, m, b, n in zip(offset, shape, chunk.offset, chunk.size, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            data = self._chunk(key, chunk)
+            data = self._chunk(key, chunk, stored.dtype)
             target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
-            target.copy_(data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))])
+            target.copy_(data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offset, strict=True))])
             covered += target.numel()
         if covered != out.numel():
             raise CheckpointError(
                 f"{self.folder}: the chunks of {key} do not cover what is asked for",
                 why=f"{covered} of {out.numel()} values",
+                do="use another checkpoint",
             )
         return out
 
-    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        info = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        if Path(info.relative_path).name != info.relative_path:
+    def _chunk(self, key: str, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+        if Path(chunk.file).name != chunk.file or chunk.file in ("", ".."):
             raise CheckpointError(
-                f"{self.folder / '.metadata'} sends {key} to {info.relative_path!r}, outside the folder",
+                f"{self.folder / '.metadata'} sends {key} to {chunk.file!r}, outside the folder",
                 do="do not use this folder",
             )
-        path = self.folder / info.relative_path
+        path = self.folder / chunk.file
         try:
             with open(path, "rb") as file:
-                file.seek(info.offset)
-                return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+                file.seek(chunk.start)
+                data = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
+            if not isinstance(data, Tensor) or tuple(data.shape) != chunk.size or data.dtype != dtype:
+                raise ValueError("it is not the tensor that .metadata describes")
+            return data
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing, but .metadata names it", do="use another checkpoint") from None
         except Exception as error:  # torch.load of damaged bytes raises nearly anything

@@ -66,11 +66,12 @@ class HuggingFaceWeights:
 
 
 def parse_size(text: str) -> int:
-    """'5GB', '200MB', '1000' -> bytes (decimal units, as transformers counts). Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    """'5GB', '200MB', '1000' -> bytes: 1000s, or 1024s for KiB, MiB and so on, as transformers counts. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is not a size such as 5GB or 200MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
 
 
 def write_hugging_face(

@@ -54,14 +54,15 @@ class SafetensorsFolder:
             return dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
         try:
             mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            names = {name: str(file) for name, file in mapping.items()}
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from None
-        for name, file in mapping.items():
-            if Path(file).name != file:
+        for name, file in names.items():
+            if Path(file).name != file or file in ("", ".."):
                 raise CheckpointError(
                     f"{index} sends {name} to {file!r}, outside the folder", do="do not use this folder"
                 )
-        return dict(mapping)
+        return names
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
