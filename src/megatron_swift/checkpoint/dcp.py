@@ -10,6 +10,7 @@ import io
 import json
 import math
 import pickle
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_swift.checkpoint.layout import TensorSpec
-from megatron_swift.utils.errors import CheckpointError
+from megatron_swift.utils.errors import CheckpointError, StorageError
 
 METADATA_JSON = {
     "sharded_backend": "torch_dist",
@@ -57,13 +58,25 @@ class Piece:
     shape: tuple[int, ...]
 
 
-def piece_of(spec: TensorSpec, rows: Tensor, start: int, *, num_layers: int, prefix: str = "") -> Piece:
-    """The piece that holds rows [start, start + len(rows)) of a parameter; a layer's piece lies in its stacked tensor."""
+def piece_of(
+    spec: TensorSpec,
+    rows: Tensor,
+    start: int,
+    *,
+    num_layers: int,
+    dtype: torch.dtype | None = None,
+    prefix: str = "",
+) -> Piece:
+    """The piece that holds rows [start, start + len(rows)) of a parameter; a layer's piece lies in its stacked tensor.
+
+    dtype : what they are cast to when they are written, so that no second copy of the model is made; None keeps theirs.
+    """
+    kept = dtype or rows.dtype
     offset, shape = (start, *[0] * (len(spec.shape) - 1)), spec.shape
     if spec.layer is None:
-        return Piece(prefix + spec.megatron_key, lambda: rows, rows.dtype, tuple(rows.shape), offset, shape)
+        return Piece(prefix + spec.megatron_key, lambda: rows.to(kept), kept, tuple(rows.shape), offset, shape)
     key, size = prefix + spec.megatron_key, (1, *rows.shape)
-    return Piece(key, lambda: rows[None], rows.dtype, size, (spec.layer, *offset), (num_layers, *shape))
+    return Piece(key, lambda: rows[None].to(kept), kept, size, (spec.layer, *offset), (num_layers, *shape))
 
 
 def lazy_piece(spec: TensorSpec, read: Callable[[], Tensor], dtype: torch.dtype, *, num_layers: int) -> Piece:
@@ -122,7 +135,15 @@ def save_pieces(folder: Path, pieces: Sequence[Piece], *, distributed: bool, thr
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is what no_dist asks for
             dcp.save({"pieces": kept}, storage_writer=writer, planner=_SavePieces(), no_dist=not distributed)
     except CheckpointException as error:  # a BaseException, which nobody above expects
-        raise min(error.failures.items())[1][0] from None
+        first = min(error.failures.items())[1][0]
+        if "unexpected pos" in str(first):  # all that torch.save says of a disk that is full
+            free = shutil.disk_usage(folder).free / 1e9
+            raise StorageError(
+                f"cannot write to {folder}: a file could not be written to its end",
+                why=f"the disk or a quota is full ({free:.1f} GB free)",
+                do="free space or choose another folder",
+            ) from first
+        raise first from None
     (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
 
 

@@ -64,12 +64,15 @@ def publish(
 
     write(staging)  : called on every rank, to write its files.
     finish(staging) : called on rank 0 once all ranks have written (a Hugging Face folder, for instance).
-    An iteration that is published already is left as it is.
+    An iteration that is published already is left as it is, with a warning; the tracker names it then.
     """
     final = iteration_folder(run, iteration)
     staging = run / group.gather(f".{final.name}.tmp-{secrets.token_hex(4)}")[0]
     if any(group.gather(iteration in published(run))):
-        get_logger().info("%s is published already and is kept", final)
+        if group.rank == 0:
+            get_logger().warning("%s is published already and is kept, not written again", final)
+        # A crash between the renaming and the tracker leaves an older number in it.
+        _together(group, staging, lambda: _point_to(final) if group.rank == 0 else None)
         return final
     _together(group, staging, lambda: _make(staging) if group.rank == 0 else None)
     _together(group, staging, lambda: write(staging))
@@ -110,6 +113,10 @@ def _complete(staging: Path, final: Path, finish: Callable[[Path], None] | None)
     write_text(staging / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
     os.rename(staging, final)
     fsync_folder(final.parent)
+    _point_to(final)
+
+
+def _point_to(final: Path) -> None:
     write_text(final.parent / TRACKER, final.name.removeprefix("iter_").lstrip("0") or "0")
 
 
@@ -134,10 +141,10 @@ def latest(run: Path) -> Path | None:
     found = published(run)
     tracker = run / TRACKER
     text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
-    if text.isdigit() and int(text) in found:
-        return iteration_folder(run, int(text))
-    if text.isdigit() and iteration_folder(run, int(text)).is_dir():
-        return iteration_folder(run, int(text))  # a folder written by Megatron itself: no manifest
+    named = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+    # The folder may be one that Megatron itself wrote, without a manifest.
+    if named is not None and (named in found or iteration_folder(run, named).is_dir()):
+        return iteration_folder(run, named)
     if text and found:
         get_logger().warning("%s says %r, which is no checkpoint; taking the newest published one", tracker, text[:40])
     return iteration_folder(run, found[-1]) if found else None

@@ -54,7 +54,7 @@ def pieces(
     for shard in shards:
         # Without FSDP the whole parameter is here, and there is one rank only.
         spec, master = specs[shard.name], shard.master.detach()
-        found.append(piece_of(spec, master.to(dtype), shard.start, num_layers=num_layers))
+        found.append(piece_of(spec, master, shard.start, num_layers=num_layers, dtype=dtype))
         if optimizer is None:
             continue
         if master.dtype != dtype:
@@ -100,7 +100,7 @@ def read_state(folder: Path) -> TrainState:
         value = json.loads(path.read_text(encoding="utf-8"))
         kind = value.pop("optimizer")
         state = TrainState(**value)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}", do="use another checkpoint") from None
     state.settings["optimizer"] = kind
     return state
@@ -170,7 +170,7 @@ def load_rng(folder: Path, mesh: Mesh) -> None:
         torch.set_rng_state(_tensor(value["torch"]))
         if torch.cuda.is_available() and "cuda" in value:
             torch.cuda.set_rng_state(_tensor(value["cuda"]))
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}", do="use another checkpoint") from None
 
 
