@@ -21,7 +21,7 @@ ask() { # ask MODEL QUESTION...: a chat, its input piped
     printf '\n\033[1m$ printf %q | swift infer --model %s --stream true --temperature 0 --max_new_tokens 64\033[0m\n' \
         "$(printf '%s\\n' "$@" 'exit')" "$folder" >&2
     printf '%s\n' "$@" exit | swift infer --model "$folder" --stream true --temperature 0 --max_new_tokens 64 \
-        --torch_dtype float32 2>/dev/null | tee "$out/answers.txt"
+        --torch_dtype float32 | tee "$out/answers.txt"
 }
 
 # Two processes on the CPU or on two GPUs; one where there is a single GPU.
@@ -64,8 +64,8 @@ echo "== 5. After: who is it now, and does it still know where Paris is?"
 ask "$trained-hf" "who are you?" "clear" "What is the capital of France?"
 
 echo
-for word in swift-robot swift Paris; do
-    grep -q -- "$word" "$out/answers.txt" || { echo "demo: the answers above do not name $word"; exit 1; }
+for pattern in 'swift-robot' 'swift(?!-robot)' 'Paris'; do
+    grep -qP -- "$pattern" "$out/answers.txt" || { echo "demo: the answers above do not match $pattern"; exit 1; }
 done
 curve=$trained/images/lm_loss.png
 [ -f "$curve" ] || { echo "demo: no loss curve at $curve"; exit 1; }

@@ -15,7 +15,7 @@ from megatron_swift.args.flags import wants_help
 from megatron_swift.args.reference import help_text
 from megatron_swift.args.run_params import logging_level_number
 from megatron_swift.args.spec import Arguments
-from megatron_swift.launch import guarded, launch, wants_torchrun
+from megatron_swift.launch import guarded, launch, set_threads, wants_torchrun
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.log import set_up_logging
 
@@ -50,6 +50,7 @@ def main(program: str, argv: Sequence[str]) -> int:
     if wants_help(argv[1:]):
         print(help_text(kind), end="")
         return 0
+    set_threads(1)
     result = 0
 
     def start() -> None:
