@@ -13,9 +13,10 @@ from megatron_swift import __version__
 from megatron_swift.args.commands import ExportArguments, InferArguments, SftArguments, parse
 from megatron_swift.args.flags import wants_help
 from megatron_swift.args.reference import help_text
+from megatron_swift.args.rules import check_environment
 from megatron_swift.args.run_params import logging_level_number
 from megatron_swift.args.spec import Arguments
-from megatron_swift.launch import guarded, launch, set_threads, wants_torchrun
+from megatron_swift.launch import check_processes, guarded, launch, set_threads, wants_torchrun
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.log import set_up_logging
 
@@ -84,6 +85,8 @@ def _train(args: Any, started: float) -> int:
     set_up_logging(logging_level_number(args.logging_level))
     from megatron_swift.commands.setup import prepare_run
 
+    check_environment(os.environ)
+    check_processes(os.environ)
     setup = prepare_run(args, os.environ)
     if wants_torchrun(os.environ):
         return launch((setup, started), os.environ)

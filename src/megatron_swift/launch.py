@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_swift.utils.errors import OutOfMemoryError, SwiftError, WorkerError
+from megatron_swift.utils.errors import OutOfMemoryError, SwiftError, UsageError, WorkerError
 
 FAILURES = "MEGATRON_SWIFT_FAILURES"  # the folder in which a failing rank says why
 INTERRUPTED = 130
@@ -26,6 +26,25 @@ INTERRUPTED = 130
 def wants_torchrun(env: Mapping[str, str]) -> bool:
     """Whether the user asked for ranks: NPROC_PER_NODE or NNODES is set, as in Megatron-SWIFT."""
     return bool(env.get("NPROC_PER_NODE") or env.get("NNODES"))
+
+
+def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """NVIDIA GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible, counted without torch; 0 where none can be seen."""
+    present = sum(path.name[6:].isdecimal() for path in devices.glob("nvidia*"))
+    chosen = env.get("CUDA_VISIBLE_DEVICES")
+    return present if chosen is None else min(present, len([part for part in chosen.split(",") if part.strip()]))
+
+
+def check_processes(env: Mapping[str, str]) -> None:
+    """Raise UsageError when more ranks are asked for than there are GPUs. Without GPUs the ranks share the CPU."""
+    processes, gpus = int(env.get("NPROC_PER_NODE") or 1), visible_gpus(env)
+    if 0 < gpus < processes:
+        chosen = env.get("CUDA_VISIBLE_DEVICES")
+        raise UsageError(
+            f"NPROC_PER_NODE={processes}, but only {gpus} GPU{'s are' if gpus > 1 else ' is'} visible",
+            why=f"CUDA_VISIBLE_DEVICES={chosen}" if chosen is not None else "every process needs a GPU of its own",
+            do=f"use NPROC_PER_NODE={gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
 
 
 def torchrun_options(env: Mapping[str, str]) -> list[str]:
