@@ -157,10 +157,12 @@ def _rng_state() -> dict[str, Any]:
 
 
 def load_rng(folder: Path, mesh: Mesh) -> None:
-    """Restore this rank's random number generators. Raises CheckpointError when the checkpoint has none for it."""
+    """Restore this rank's random number generators. Raises CheckpointError on every rank when the checkpoint has none for one of them."""
+    saved = len(list(folder.glob("rng_*.json")))
+    if saved < mesh.world_size:
+        found = f"the random state of {saved} ranks, not of {mesh.world_size}" if saved else "no random state"
+        raise CheckpointError(f"{folder} holds {found}", do="give --no_load_rng true")
     path = folder / _rng_file(mesh.rank)
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no random state of rank {mesh.rank}", do="give --no_load_rng true")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         version, internal, gauss = value["python"]
