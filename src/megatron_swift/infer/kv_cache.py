@@ -8,12 +8,16 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.models.decoder import Decoder
 from megatron_swift.models.layers import Attention
 
 _SPARE = 128  # tokens of room when the buffers are made; they grow by half when it is used up
+
+# Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and here each step has one.
+_STEP_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class LayerCache:
@@ -142,7 +146,8 @@ class CachedDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each sequence: tokens int64 [batch]."""
         self.batch.advance()
-        return self._logits(tokens, None)
+        with sdpa_kernel(_STEP_KERNELS):
+            return self._logits(tokens, None)
 
     @torch.inference_mode()
     def keep(self, index: Sequence[int]) -> None:
