@@ -18,6 +18,7 @@ from megatron_swift.train.curves import draw_curves
 from megatron_swift.train.flops import step_flops
 from megatron_swift.train.step import StepReport
 from megatron_swift.train.trackers import TrackerOptions, Trackers
+from megatron_swift.utils.files import storage_errors
 
 VS_SAMPLES = frozenset({"learning-rate", "batch-size", "lm loss", "loss-scale", "grad-norm", "params-norm"})
 VS_SAMPLES |= {"lm loss validation", "lm loss validation ppl"}
@@ -219,7 +220,8 @@ class Outputs:
     def _jsonl(self, value: dict[str, object]) -> None:
         # NaN is no JSON: a loss that is not a number is written as null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-        with open(self.options.run_dir / "logging.jsonl", "a", encoding="utf-8") as file:
+        path = self.options.run_dir / "logging.jsonl"
+        with storage_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
 

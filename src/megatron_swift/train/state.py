@@ -172,7 +172,7 @@ def load_rng(folder: Path, mesh: Mesh) -> None:
         torch.set_rng_state(_tensor(value["torch"]))
         if torch.cuda.is_available() and "cuda" in value:
             torch.cuda.set_rng_state(_tensor(value["cuda"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}", do="use another checkpoint") from None
 
 
