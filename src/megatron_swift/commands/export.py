@@ -1,8 +1,9 @@
-"""`swift export`: a Hugging Face folder to a Megatron checkpoint, and back. One process, one tensor in memory at a time."""
+"""`swift export`: a Hugging Face folder to a Megatron checkpoint, and back. One process, one tensor per thread in memory."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 import shutil
@@ -13,8 +14,8 @@ from pathlib import Path
 from megatron_swift.args.commands import ExportArguments
 from megatron_swift.args.dump import to_json
 from megatron_swift.args.inherit import inherit
-from megatron_swift.args.rules import check_export, check_output_dir
-from megatron_swift.checkpoint.companions import FOLDER, copy_companions
+from megatron_swift.args.rules import TRACKER, check_export, check_output_dir
+from megatron_swift.checkpoint.companions import CONFIG, FOLDER, copy_companions
 from megatron_swift.commands.setup import find_model
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.models.families import Described, describe
@@ -40,7 +41,7 @@ def run(args: ExportArguments) -> None:
     check_output_dir(str(out), exist_ok=args.exist_ok)
     began = time.time()
     write = _to_mcore(args, described, model_dir) if args.to_mcore else _to_hf(args, described, model_dir, load)
-    replace_folder(out, write)
+    replace_folder(out, write, marker=TRACKER if args.to_mcore else CONFIG)
     print(f"wrote {out} in {time.time() - began:.1f} s", flush=True)
 
 
@@ -55,23 +56,40 @@ def output_dir(args: ExportArguments, source: Path) -> Path:
     return Path(f"{name}{suffix}")
 
 
-def replace_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its final name and rename it; what stood there before is only then removed."""
+def replace_folder(final: Path, write: Callable[[Path], None], *, marker: str) -> None:
+    """Write a folder that appears under its name in one rename.
+
+    Where it exists, the new entries take the place of those of the same name and of old weights; whatever else is there stays.
+    marker : the file without which the folder is none of its kind; there it is taken away first and put last.
+    """
     final = final.absolute()
-    token = secrets.token_hex(4)
-    staging, old = final.with_name(f".{final.name}.tmp-{token}"), final.with_name(f".trash-{final.name}-{token}")
+    name = f".{final.name}.tmp-{secrets.token_hex(4)}"
+    exists = final.is_dir()
+    staging = final / name if exists else final.with_name(name)  # inside: the folder may be a mount of its own
     with storage_errors(final):
         staging.mkdir(parents=True)
         try:
             write(staging)
-        except BaseException:
+            if exists:
+                _merge(staging, final, marker)
+            else:
+                os.rename(staging, final)
+        finally:
             shutil.rmtree(staging, ignore_errors=True)
-            raise
-        if final.exists():
-            os.rename(final, old)
-        os.rename(staging, final)
         fsync_folder(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _merge(staging: Path, final: Path, marker: str) -> None:
+    (final / marker).unlink(missing_ok=True)
+    stale = ("model*.safetensors", "model.safetensors.index.json") if marker == CONFIG else ()
+    for path in [path for pattern in stale for path in final.glob(pattern)]:
+        path.unlink()
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == marker):
+        target = final / path.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    fsync_folder(final)
 
 
 def _to_mcore(args: ExportArguments, described: Described, model_dir: Path) -> Callable[[Path], None]:
@@ -92,11 +110,13 @@ def _to_mcore(args: ExportArguments, described: Described, model_dir: Path) -> C
             )
 
         pieces = [piece(spec) for spec in specs.values()]
+        size = sum(math.prod(spec.shape) for spec in specs.values()) * TORCH_DTYPES[dtype].itemsize
+        threads = args.thread_count or max(math.ceil(size / 1e10), 2)
         # Iteration 1, as the original writes it.
         publish(
             staging,
             1,
-            lambda folder: save_pieces(folder, pieces, distributed=False, threads=args.thread_count or 1),
+            lambda folder: save_pieces(folder, pieces, distributed=False, threads=threads),
             group=single(),
         )
         copy_companions(model_dir, staging / FOLDER, config=True)

@@ -48,5 +48,6 @@ def write_run_files(
     if prepared.val_rows:
         with storage_errors(run_dir), open(run_dir / "val_dataset.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.val_rows)
-    if not (run_dir / FOLDER).exists():
-        copy_companions(model_dir, run_dir / FOLDER, config=True)
+    carried = run_dir / FOLDER
+    if not (carried.exists() and carried.samefile(model_dir)):  # resuming in place, when the model itself is gone
+        copy_companions(model_dir, carried, config=True)

@@ -89,6 +89,8 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         get_logger().info("from %s: %s", inherited.source, ", ".join(f"{k}={v!r}" for k, v in inherited.values.items()))
     args = inherited.args
     check_train(args, world_size=world_size(env), env=env)
+    if args.response_prefix is not None and "response_prefix" in args.given:
+        get_logger().warning("--response_prefix is not used in training: it is for `swift infer`, through args.json")
     load = Path(args.load) if args.load is not None and (Path(args.load) / TRACKER).is_file() else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(model_dir)
