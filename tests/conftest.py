@@ -1,4 +1,4 @@
-"""For every test: one thread, no network, a cache of its own, and the folder ../shared where it is there."""
+"""For every test: one thread, no GPU, no network, a cache of its own, and the folder ../shared where it is there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; the ranks of a test are forks, and share few cores
+os.environ.setdefault(
+    "CUDA_VISIBLE_DEVICES", ""
+)  # the same on every machine; set it to a number for the tests that need CUDA
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -18,6 +18,7 @@ from megatron_swift.kernels.attention import Segments
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row
 from megatron_swift.models.families import describe
+from megatron_swift.parallel import mesh as mesh_module
 from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
 from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.train.state import load_weights
@@ -42,7 +43,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 def make_engine(folder: Path, dtype: torch.dtype, mesh: Mesh | None = None, **options) -> Engine:
     """An engine with the folder's weights, in one process unless a mesh is given."""
     cfg = read_config(folder)
-    mesh = mesh or Mesh(0, 1, CPU, "gloo", None)
+    mesh = mesh or mesh_module.start(backend="gloo", timeout_minutes=1)
     engine = build_engine(cfg, mesh, EngineOptions(compute_dtype=dtype, **options))
     load_weights(engine.shards, tensor_specs(cfg), HuggingFaceWeights(folder, cfg))
     return engine

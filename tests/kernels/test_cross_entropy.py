@@ -70,15 +70,18 @@ def test_one_of_the_two_gradients_alone(function, which):
     assert tensors[1 - which].grad is None
 
 
-@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-24)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 1.5 * 2**-8), (torch.float16, 1.5 * 2**-11), (torch.float32, 8 * 2**-24)]
+)
 @pytest.mark.parametrize("function", BOTH)
-def test_lower_precision_is_close_to_float64(function, dtype, unit):
-    hidden, weight, targets = inputs(43, dtype)
-    exact = run(linear_cross_entropy, hidden.double(), weight.double(), targets, scale=1 / 43)
-    mine = run(function, hidden, weight, targets, scale=1 / 43)
+def test_lower_precision_is_close_to_float64(function, dtype, tolerance):
+    """Over 125 chunks too: adding their 16-bit weight gradients in 16 bits would give twice the tolerance."""
+    hidden, weight, targets = inputs(1000, dtype)
+    exact = run(linear_cross_entropy, hidden.double(), weight.double(), targets, scale=1 / 1000)
+    mine = run(function, hidden, weight, targets, scale=1 / 1000)
     assert mine[0].dtype == torch.float32 and mine[1].dtype == mine[2].dtype == dtype
     for found, right in zip(mine, exact, strict=True):
-        assert (found.double() - right).norm() < 4 * unit * right.norm()
+        assert (found.double() - right).norm() < tolerance * right.norm()
 
 
 @pytest.mark.parametrize("function", BOTH)

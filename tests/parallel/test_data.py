@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_swift.data.types import IGNORE, Batch, Sample
 from megatron_swift.kernels.attention import Segments
@@ -188,6 +190,52 @@ def test_evaluation_leaves_no_trace(one_folder):
     with_it, without = (on_ranks(2, one_folder, torch.float32, BATCHES, evaluate=e) for e in (True, False))
     without.evaluations = with_it.evaluations
     compare(with_it, without, 1e-15)
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts the reductions and the gatherings between ranks."""
+
+    def __enter__(self):
+        self.counts = {"reduce_scatter": 0, "allgather": 0}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for name in self.counts:
+            self.counts[name] += str(func).startswith("c10d") and name in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _talk(rank, folder):
+    """Collectives of a step of 6 micro-batches, of an evaluation of as many; and evaluations around a change of the weights."""
+    mesh = mesh_module.start(backend="gloo", timeout_minutes=1)
+    engine, mine = make_engine(folder, torch.float64, mesh), BATCHES[0][mesh.dp_rank :: mesh.dp_size]
+    with Exchanges() as training:
+        engine.forward_backward(mine, num_tokens=1)
+    engine.shards.drop_grads()
+    with Exchanges() as evaluation:
+        before = engine.evaluate(mine)
+    sharded = all(isinstance(parameter, DTensor) for parameter in engine.model.parameters())
+    with torch.no_grad():
+        for shard in engine.shards:
+            shard.master.mul_(0.5)
+    after = engine.evaluate(mine)
+    mesh_module.stop()
+    counts = [tuple(mode.counts.values()) for mode in (training, evaluation)]
+    return counts, sharded, before, after
+
+
+def test_one_exchange_a_step_and_no_stale_weights(one_folder):
+    """ZeRO-1: each of the 2 layers and the rest is gathered and reduced once, however many micro-batches there are."""
+    alone = make_engine(one_folder, torch.float64)
+    values = [alone.evaluate(BATCHES[0])]
+    with torch.no_grad():
+        for shard in alone.shards:
+            shard.master.mul_(0.5)
+    values.append(alone.evaluate(BATCHES[0]))
+    assert values[0][0] != pytest.approx(values[1][0], rel=0.01)
+    for counts, sharded, before, after in run_ranks(_talk, 2, one_folder):
+        assert counts == [(3, 3), (0, 3)] and sharded
+        assert [before, after] == [pytest.approx(v, rel=1e-12) for v in values]
 
 
 @pytest.mark.parametrize("options", [{"chunked_cross_entropy": True}, {"attention_backend": "unfused"}], ids=str)
