@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +26,22 @@ NOT_BUILT = {"pt", "rlhf", "deploy", "rollout", "sample", "eval", "app", "web-ui
 
 def megatron() -> None:
     """Entry point of `megatron`."""
-    sys.exit(main("megatron", sys.argv[1:]))
+    _enter("megatron")
 
 
 def swift() -> None:
     """Entry point of `swift`."""
-    sys.exit(main("swift", sys.argv[1:]))
+    _enter("swift")
+
+
+def _enter(program: str) -> None:
+    try:
+        code = main(program, sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
 
 
 def main(program: str, argv: Sequence[str]) -> int:

@@ -84,6 +84,15 @@ def test_same_iteration_is_kept(tmp_path, caplog, monkeypatch):
     assert "published already and is kept" in caplog.text
 
 
+def test_a_folder_in_the_way(tmp_path):
+    """Megatron's own, of the same number: it is not ours to replace."""
+    (tmp_path / "iter_0000002").mkdir()
+    (tmp_path / "iter_0000002" / "theirs").write_text("x")
+    with pytest.raises(StorageError, match=r"iter_0000002: Directory not empty"):
+        put(tmp_path, 2)
+    assert [p.name for p in (tmp_path / "iter_0000002").iterdir()] == ["theirs"] and not leftovers(tmp_path)
+
+
 # Crashes. Each point is a function that publishing calls; the process dies (or raises) right before it.
 
 POINTS = ["mkdir", "write", "finish", "digest", "write_text", "rename", "fsync_folder", "replace_tracker"]

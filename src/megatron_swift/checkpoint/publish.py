@@ -111,7 +111,8 @@ def _complete(staging: Path, final: Path, finish: Callable[[Path], None] | None)
         if p.is_file()
     }
     write_text(staging / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
-    os.rename(staging, final)
+    with storage_errors(final):  # a folder of that name that is no checkpoint of ours is in the way
+        os.rename(staging, final)
     fsync_folder(final.parent)
     _point_to(final)
 

@@ -159,7 +159,13 @@ def override(config: ModelConfig, args: TrainArguments) -> ModelConfig:
             get_logger().warning(
                 "model parameter %s: %r instead of config.json's %r", name, value, getattr(config, name)
             )
-    return config.replace(**changes)
+    model = config.replace(**changes)
+    if model.num_attention_heads % model.num_query_groups:
+        raise UsageError(
+            f"num_attention_heads {model.num_attention_heads} is not a multiple of num_query_groups {model.num_query_groups}",
+            do="leave --num_attention_heads and --num_query_groups out: config.json has them",
+        )
+    return model
 
 
 def choose_dtype(args: TrainArguments, model: ModelConfig) -> str:

@@ -21,6 +21,11 @@ _STORAGE_ERRNOS = {
     errno.EPERM,
     errno.EIO,
     errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.EBUSY,
     errno.EFBIG,
     errno.ESTALE,
 }
