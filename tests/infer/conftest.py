@@ -5,24 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
+from load_decoders import GREEDY, load
 
-from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
-from megatron_swift.checkpoint.load import load_decoder
 from megatron_swift.data.templates import get_template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.infer.engine import Engine, EngineOptions
 from megatron_swift.infer.sampling import Sampling
 from megatron_swift.models.decoder import Decoder
-from megatron_swift.models.families import describe
 from megatron_swift.testing import make_tiny_model
-
-GREEDY = Sampling()
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    config = describe(folder, model_type=None, template="chatml", chat_template=None).config
-    return load_decoder(HuggingFaceWeights(folder, config), config, dtype=dtype, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GREEDY, load
+from load_decoders import GREEDY, load
 
 from megatron_swift.data.encode import OverLength
 from megatron_swift.data.templates import get_template

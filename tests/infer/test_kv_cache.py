@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import load
+from load_decoders import load
 
 from megatron_swift.infer.kv_cache import CachedDecoder
 from megatron_swift.kernels.attention import Segments, plain_attention
