@@ -180,7 +180,7 @@ def test_bad_conversations(tokenizer, roles, what):
     good = [turn["u"], turn["a"]]
     first, bad, last = encode_many(CHATML, tokenizer, [good, messages, good])
     assert isinstance(bad, DataError)
-    assert np.array_equal(first.ids, last.ids)
+    assert np.array_equal(first[0].ids, last[0].ids)
 
 
 def test_a_text_that_is_not_unicode_spoils_only_its_row(tokenizer):
@@ -188,7 +188,7 @@ def test_a_text_that_is_not_unicode_spoils_only_its_row(tokenizer):
     outcomes = encode_many(CHATML, tokenizer, [good, [Message("user", "\ud800"), good[1]], good])
     assert isinstance(outcomes[1], DataError)
     assert "Unicode" in outcomes[1].what
-    assert np.array_equal(outcomes[0].ids, outcomes[2].ids)
+    assert np.array_equal(outcomes[0][0].ids, outcomes[2][0].ids)
 
 
 def test_missing_eos_is_said(tmp_path):
@@ -230,6 +230,7 @@ def test_batch_equals_single(bos_tokenizer, conversations, name, loss_scale, tru
             assert caught.value.block() == outcome.block()
         else:
             single = encode(template, bos_tokenizer, messages, **options)
+            (outcome,) = outcome
             assert np.array_equal(outcome.ids, single.ids)
             assert np.array_equal(outcome.labels, single.labels)
             assert outcome.ids.dtype == outcome.labels.dtype == np.int32

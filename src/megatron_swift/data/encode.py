@@ -13,10 +13,10 @@ import numpy as np
 
 from megatron_swift.data.template import AUTO_BOS, BOS, EOS, QUERY, SYSTEM, Template, is_place, split_places
 from megatron_swift.data.tokenizer import Tokenizer
-from megatron_swift.data.types import IGNORE, Message, Sample
+from megatron_swift.data.types import IGNORE, Conversation, Message, Sample
 from megatron_swift.utils.errors import DataError
 
-Truncation = Literal["delete", "left", "right", "raise"]
+Truncation = Literal["delete", "left", "right", "raise", "split"]
 LossScale = Literal["default", "last_round", "all"]
 
 ROLES = ("system", "user", "assistant")
@@ -88,7 +88,7 @@ class _Pieces:
 def encode(
     template: Template,
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    messages: Sequence[Message] | Conversation,
     *,
     max_length: int | None = None,
     truncation: Truncation = "delete",
@@ -119,14 +119,16 @@ def encode(
 def encode_many(
     template: Template,
     tokenizer: Tokenizer,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Sequence[Message] | Conversation],
     *,
     max_length: int | None = None,
     truncation: Truncation = "delete",
     loss_scale: LossScale = "default",
     system: str | None = None,
-) -> list[Sample | DataError]:
+) -> list[list[Sample] | DataError]:
     """`encode` of every conversation, in order and with the same outcome: where it would raise, its error stands.
+
+    An outcome is a list of one sample; under truncation "split", of one or more, the pieces of the conversation in order.
 
     The samples are views of one array of the whole call, so give it chunks (1000 rows or so) and not a whole data set.
     """
@@ -148,7 +150,7 @@ def encode_many(
     trained = np.repeat(np.fromiter((kind for _, kind in pieces), np.bool_, len(pieces)), lengths)
     labels = np.where(trained, flat, np.int32(IGNORE))
     ends = np.concatenate(([0], np.cumsum(lengths)))
-    outcomes: list[Sample | DataError] = []
+    outcomes: list[list[Sample] | DataError] = []
     piece = 0
     for plan in plans:
         if isinstance(plan, DataError):
@@ -157,7 +159,7 @@ def encode_many(
         begin, end = ends[piece], ends[piece + len(plan)]
         piece += len(plan)
         try:
-            outcomes.append(_finish(flat[begin:end], labels[begin:end], max_length=max_length, truncation=truncation))
+            outcomes.append([_finish(flat[begin:end], labels[begin:end], max_length=max_length, truncation=truncation)])
         except DataError as error:
             outcomes.append(error)
     return outcomes
@@ -166,7 +168,7 @@ def encode_many(
 def encode_prompt(
     template: Template,
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    messages: Sequence[Message] | Conversation,
     *,
     system: str | None = None,
     response_prefix: str | None = None,
@@ -216,14 +218,20 @@ def _stop_texts(template: Template) -> list[str]:
 
 
 def _training_pieces(
-    template: Template, tokenizer: Tokenizer, messages: Sequence[Message], *, loss_scale: LossScale, system: str | None
+    template: Template,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message] | Conversation,
+    *,
+    loss_scale: LossScale,
+    system: str | None,
 ) -> list[tuple[str | int, bool]]:
     """The conversation as (text or id, trained), neighbouring texts of one kind joined."""
     assert loss_scale in ("default", "last_round", "all"), loss_scale
     own_system, rounds = _rounds(messages)
     if not rounds[-1].reply:
+        last_message = len(messages.messages) if isinstance(messages, Conversation) else len(messages)
         raise DataError(
-            f"the conversation ends with a question (message {len(messages)}) and has no reply to train on",
+            f"the conversation ends with a question (message {last_message}) and has no reply to train on",
             do="add the assistant's reply or remove the question",
         )
     if template.single_round:
@@ -260,11 +268,15 @@ def _opening(
     return pieces
 
 
-def _rounds(messages: Sequence[Message]) -> tuple[str | None, list[_Round]]:
+def _rounds(messages: Sequence[Message] | Conversation) -> tuple[str | None, list[_Round]]:
     """The row's own system prompt and its rounds, at least one; only the last one may lack its reply.
 
     A reply without a question gets an empty one; consecutive replies are one reply.
     """
+    if isinstance(messages, Conversation):
+        if messages.tools:
+            raise DataError("tools are not supported yet", do="remove the row's tools")
+        messages = messages.messages
     system: str | None = None
     rounds: list[_Round] = []
     for number, message in enumerate(messages, 1):
@@ -310,9 +322,11 @@ def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
         raise DataError("a message is not valid Unicode text", why=str(error), do="mend or remove the row") from error
 
 
-def _outcome(template: Template, tokenizer: Tokenizer, messages: Sequence[Message], one: dict) -> Sample | DataError:
+def _outcome(
+    template: Template, tokenizer: Tokenizer, messages: Sequence[Message] | Conversation, one: dict
+) -> list[Sample] | DataError:
     try:
-        return encode(template, tokenizer, messages, **one)
+        return [encode(template, tokenizer, messages, **one)]
     except DataError as error:
         return error
 

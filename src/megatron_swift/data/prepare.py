@@ -254,8 +254,8 @@ def _encode_chunk(rows: _Rows, encode: Callable[[list[list[Message]]], list[Any]
         elif isinstance(outcome, DataError):
             faults.append(_Fault(number, re.sub(r"\d+", "N", outcome.what), outcome.what))
         else:
-            kept.append(number)
-            samples.append(outcome)
+            kept += [number] * len(outcome)
+            samples += outcome
     lengths = np.array([len(sample.ids) for sample in samples], np.int64)
     ids = np.concatenate([np.zeros(0, np.int32), *(sample.ids for sample in samples)])
     labels = np.concatenate([np.zeros(0, np.int32), *(sample.labels for sample in samples)])
@@ -380,8 +380,7 @@ class _Builder:
                 numbers.append(chunk.numbers)
                 writer.add(ids=chunk.ids, labels=chunk.labels, lengths=chunk.lengths, trained=chunk.trained)
             kept = np.concatenate(numbers)  # sorted, as `unique` is
-            order = np.searchsorted(kept, wanted[np.isin(wanted, kept)])
-            lengths = writer.lengths[order]
+            lengths = writer.lengths[order := _expand(kept, wanted)]
             members, sizes = order, np.ones(len(order), np.int64)
             if self.options.packing and len(order):
                 assert self.options.max_length is not None
@@ -407,6 +406,13 @@ class _Builder:
                 last = time.monotonic()
                 get_logger().info("data: %s %d of %d rows", done, min(number * CHUNK, len(numbers)), len(numbers))
             yield result
+
+
+def _expand(kept: Index, wanted: Index) -> Index:
+    """The places in `kept`, sorted and with repeats, of each of `wanted` in turn: none, one, or several that follow one another."""
+    stop = np.searchsorted(kept, wanted, "right")
+    counts = stop - np.searchsorted(kept, wanted, "left")
+    return np.repeat(stop - np.cumsum(counts), counts) + np.arange(counts.sum())
 
 
 def sample(rows: Index, count: int | None, *, state: np.random.RandomState, shuffle: bool) -> Index:
