@@ -101,15 +101,17 @@ def launch(payload: Any, env: Mapping[str, str]) -> int:
 def _report(folder: Path, exit_codes: Mapping[int, int]) -> int:
     """Print the block of the first failure and return its exit code."""
     written = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("rank*.json")]
-    killed = {
-        rank: code for rank, code in exit_codes.items() if code < 0 and not (folder / f"rank{rank}.json").exists()
-    }
-    if killed and (not written or -next(iter(killed.values())) != signal.SIGTERM):
-        # A rank that was killed says nothing itself; the others only report that it is gone.
-        rank, code = next(iter(killed.items()))
-        name = signal.Signals(-code).name
-        hint = "the system may have run out of memory" if -code == signal.SIGKILL else ""
-        print(WorkerError(f"rank {rank} was killed by {name}", why=hint).block(), file=sys.stderr)
+    silent = [
+        (rank, -code) for rank, code in exit_codes.items() if code < 0 and not (folder / f"rank{rank}.json").exists()
+    ]
+    # torchrun ends the others by SIGTERM once one has failed, and ranks whose peer has gone report just that.
+    killed = [(rank, number) for rank, number in silent if number != signal.SIGTERM] or (silent if not written else [])
+    if killed and all(failure["exit_code"] == WorkerError.exit_code for failure in written):
+        rank, number = killed[0]
+        hint = "the system may have run out of memory" if number == signal.SIGKILL else ""
+        print(
+            WorkerError(f"rank {rank} was killed by {signal.Signals(number).name}", why=hint).block(), file=sys.stderr
+        )
         return WorkerError.exit_code
     if not written:
         print(WorkerError(f"the training processes ended with {dict(exit_codes)}").block(), file=sys.stderr)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -10,9 +13,12 @@ from megatron_swift.args.run_params import logging_level_number
 from megatron_swift.launch import guarded
 from megatron_swift.utils.log import set_up_logging
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main(path: str) -> int:
     """Train as the setup says; the exit code of `launch.guarded`."""
+    _die_with_launcher()
     setup, started = pickle.loads(Path(path).read_bytes())
     set_up_logging(logging_level_number(setup.args.logging_level))
 
@@ -22,6 +28,16 @@ def main(path: str) -> int:
         run(setup, started=started)
 
     return guarded(train)
+
+
+def _die_with_launcher() -> None:
+    """A launcher that is killed can end nobody any more: its ranks would train on, holding GPUs and the run's folder."""
+    if sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before we asked
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def by_hand(folder: Path, dtype: torch.dtype, steps: Sequence[Sequence[Sequence[
     )
 
     def loss_sum(sample: Sample) -> torch.Tensor:
-        ids, labels = (torch.from_numpy(x.astype(np.int64)) for x in sample)
+        ids, labels = (torch.from_numpy(x.astype(np.int64)) for x in sample[:2])
         hidden = model.hidden_states(ids, torch.arange(len(ids)), Segments.of([len(ids)], ids.device))
         return F.cross_entropy(model.logits(hidden[:-1]), labels[1:], ignore_index=IGNORE, reduction="sum")
 
@@ -214,7 +214,7 @@ def _talk(rank, folder):
     engine.shards.drop_grads()
     with Exchanges() as evaluation:
         before = engine.evaluate(mine)
-    sharded = all(isinstance(parameter, DTensor) for parameter in engine.model.parameters())
+    sharded = all(isinstance(parameter, DTensor) for parameter in engine.chunks[0].parameters())
     with torch.no_grad():
         for shard in engine.shards:
             shard.master.mul_(0.5)
@@ -244,12 +244,12 @@ def test_kernels_under_data_parallelism(one_folder, one_expected, options):
 
 
 def averaged(engine: Engine) -> None:
-    for module in wrapped(engine.model):
+    for module in wrapped(engine.chunks[0]):
         module.set_gradient_divide_factor(float(engine.mesh.dp_size))
 
 
 def one_layer_averaged(engine: Engine) -> None:
-    next(iter(engine.model.decoder.layers.values())).set_gradient_divide_factor(float(engine.mesh.dp_size))
+    next(iter(engine.chunks[0].decoder.layers.values())).set_gradient_divide_factor(float(engine.mesh.dp_size))
 
 
 def divided_by_local_tokens(engine: Engine) -> None:

@@ -80,7 +80,8 @@ def _spread(rank, folder, batches):
     found = (engine.shards.grad_norm(), engine.shards.params_norm())
     engine.shards.scale_grads(0.5)
     halved = engine.shards.grad_norm()
-    rows = {s.name: (s.start, s.start + len(s.master), s.shape) for s in engine.shards}
+    rows = {s.name: (0, 0, s.shape) for s in engine.shards}
+    rows |= {s.name: (b.start, b.start + b.rows, s.shape) for s in engine.shards for b in s.boxes if b.owned}
     full = {name: engine.shards.full(name).numpy() for name in rows}
     mesh_module.stop()
     return found, halved, tuple(counts), rows, full, engine.kernels["data parallel"]

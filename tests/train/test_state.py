@@ -49,7 +49,9 @@ def _write(rank, model, folder, dtype, options, seed):
         for shard in engine.shards:
             # The same gradient for a row, whoever holds it.
             whole = torch.randn(shard.shape, generator=torch.Generator().manual_seed(hash((shard.name, step)) % 2**31))
-            shard.master.grad = whole[shard.start : shard.start + len(shard.master)].clone()
+            shard.master.grad = torch.zeros_like(shard.master)
+            for box in shard.boxes:
+                shard.master.grad[box.local : box.local + box.rows] = whole[box.start : box.start + box.rows]
         optimizer.step(1e-3)
     random.seed(seed + rank), np.random.seed(seed + rank), torch.manual_seed(seed + rank)
     _draw()

@@ -6,6 +6,7 @@ Pass the arguments through `inherit.inherit` first, so that `model` is filled in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_swift.args.commands import ExportArguments, InferArguments, TrainArguments
@@ -34,6 +35,7 @@ def check_train(args: TrainArguments, *, world_size: int, env: Mapping[str, str]
     _precision(args)
     _deterministic(args)
     _recompute(args)
+    _sharding(args)
     _overlap(args)
     _attention(args)
     _sequence_parallel(args)
@@ -109,6 +111,103 @@ def check_lengths(args: TrainArguments, *, max_position_embeddings: int) -> None
                 why="max_position_embeddings is the longest sequence that the model knows",
                 do=f"use --{name} {max_position_embeddings} or less",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the layout rules need of the model."""
+
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+
+
+def check_layout(args: TrainArguments, model: Shape, *, num_micro_batches: int) -> None:
+    """Raise UsageError where the model's sizes do not divide by the parallel sizes. Call it once config.json is read."""
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    heads, groups = model.num_attention_heads, model.num_query_groups
+
+    def tensor_fits(size: int) -> bool:
+        grouped = groups % size == 0 or (size % groups == 0 and (heads // groups) % (size // groups) == 0)
+        return heads % size == 0 and grouped and model.ffn_hidden_size % size == 0
+
+    if not tensor_fits(tp):
+        legal = ", ".join(str(n) for n in range(1, heads + 1) if tensor_fits(n))
+        raise UsageError(
+            f"--tensor_model_parallel_size {tp} does not divide the model",
+            why=f"it has {heads} attention heads, {groups} query groups and ffn_hidden_size {model.ffn_hidden_size}",
+            do=f"use one of {legal}",
+        )
+    local_heads, local_groups = heads // tp, max(groups // tp, 1)
+    if args.cp_comm_type == "a2a" and (local_heads % cp or (local_groups % cp and cp % local_groups)):
+        raise UsageError(
+            f"--cp_comm_type a2a with --context_parallel_size {cp} needs {cp} to divide a rank's {local_heads} attention heads "
+            f"and to divide or be a multiple of its {local_groups} query groups",
+            do="use --cp_comm_type all_gather or p2p, or another --context_parallel_size",
+        )
+    stages = pp * virtual_stages(args, num_layers=model.num_layers)
+    if stages > model.num_layers:
+        raise UsageError(
+            f"{model.num_layers} layers cannot be split over {stages} pipeline stages",
+            do=f"use a --pipeline_model_parallel_size of at most {model.num_layers}",
+        )
+    if stages > pp and num_micro_batches % pp:
+        raise UsageError(
+            f"virtual pipeline stages need the {num_micro_batches} micro-batches of a step to be a multiple of "
+            f"--pipeline_model_parallel_size {pp}",
+            why="micro-batches run through the stages in groups of that size",
+            do="change --global_batch_size or --micro_batch_size",
+        )
+    _fixed_stages(args, model.num_layers, stages)
+
+
+def virtual_stages(args: TrainArguments, *, num_layers: int) -> int:
+    """Virtual pipeline stages per rank: 1 unless the user asks for more. UsageError where that is not whole."""
+    pp, per_stage = args.pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage
+    virtual = args.virtual_pipeline_model_parallel_size
+    if per_stage is None and virtual is None:
+        return 1
+    name = "virtual_pipeline_model_parallel_size" if per_stage is None else "num_layers_per_virtual_pipeline_stage"
+    if per_stage is not None and virtual is not None:
+        raise UsageError(
+            "--num_layers_per_virtual_pipeline_stage and --virtual_pipeline_model_parallel_size say the same thing",
+            do="give one of them",
+        )
+    if pp == 1:
+        raise UsageError(f"--{name} needs a --pipeline_model_parallel_size of at least 2", do=f"leave --{name} out")
+    if virtual is not None:
+        return virtual
+    assert per_stage is not None
+    if num_layers % (pp * per_stage):
+        legal = [n for n in range(1, num_layers // pp + 1) if num_layers % (pp * n) == 0]
+        raise UsageError(
+            f"--num_layers_per_virtual_pipeline_stage {per_stage}: {num_layers} layers on {pp} ranks cannot be cut into such stages",
+            do=f"use one of {', '.join(map(str, legal))}" if legal else "use --virtual_pipeline_model_parallel_size",
+        )
+    return num_layers // pp // per_stage
+
+
+def _fixed_stages(args: TrainArguments, num_layers: int, stages: int) -> None:
+    named = [
+        (name, value)
+        for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+        if (value := getattr(args, name)) is not None
+    ]
+    if not named:
+        return
+    flags = " and ".join(f"--{name} {value}" for name, value in named)
+    if stages != args.pipeline_model_parallel_size:
+        raise UsageError(f"{flags} cannot be combined with virtual pipeline stages", do="leave one of the two out")
+    if stages == 1:
+        raise UsageError(f"{flags} needs a --pipeline_model_parallel_size of at least 2", do="leave it out")
+    left, others = num_layers - sum(value for _, value in named), stages - len(named)
+    if left < others or (others == 0 and left):
+        raise UsageError(
+            f"{flags} leaves {left} of {num_layers} layers for {others} other pipeline stages",
+            why="every stage needs at least one layer, and every layer a stage",
+            do="change it, or leave it out: the stages are then balanced",
+        )
 
 
 def check_output_dir(path: str, *, exist_ok: bool) -> None:
@@ -290,6 +389,17 @@ def _recompute(args: TrainArguments) -> None:
                 f"--{name} {value} needs --recompute_granularity full; it is {args.recompute_granularity}",
                 do=f"leave --{name} out or use --recompute_granularity full",
             )
+
+
+def _sharding(args: TrainArguments) -> None:
+    strategy = args.data_parallel_sharding_strategy
+    if strategy is not None and (strategy == "no_shard") == args.use_distributed_optimizer:
+        flag = f"--use_distributed_optimizer {str(args.use_distributed_optimizer).lower()}"
+        if strategy == "no_shard" and "use_distributed_optimizer" not in args.given:
+            return
+        raise UsageError(
+            f"--data_parallel_sharding_strategy {strategy} contradicts {flag}", do="leave one of the two out"
+        )
 
 
 def _overlap(args: TrainArguments) -> None:

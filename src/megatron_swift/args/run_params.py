@@ -85,21 +85,42 @@ class DistributedParams(Arguments):
     )
     use_distributed_optimizer: bool = param(
         True,
-        "Shard the optimizer state (float32 weights and moments) over the data-parallel ranks.",
-        not_yet="a whole optimizer state on every rank",
+        "Shard the optimizer state (float32 weights and moments) over the data-parallel and context-parallel ranks. "
+        "false = a whole one on every rank, gradients all-reduced.",
+    )
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] | None = param(
+        None,
+        "What those ranks share among them: nothing, the optimizer, also gradients, also weights (ZeRO 0 to 3). "
+        "Default: optim, or no_shard with use_distributed_optimizer false.",
     )
     tensor_model_parallel_size: int = param(
-        1, "Ranks that share each layer's matrices.", at_least=1, not_yet="tensor parallelism"
+        1, "Ranks that share each layer's matrices. Must divide the attention heads.", at_least=1
     )
     pipeline_model_parallel_size: int = param(
-        1, "Pipeline stages that the layers are split into.", at_least=1, not_yet="pipeline parallelism"
+        1, "Pipeline stages that the layers are split into, balanced with the cost of the output layer.", at_least=1
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = param(
+        None,
+        "Layers of each virtual pipeline stage; several of them per rank shorten the pipeline's idle time.",
+        at_least=1,
+    )
+    virtual_pipeline_model_parallel_size: int | None = param(
+        None, "Virtual pipeline stages per rank. Give this or num_layers_per_virtual_pipeline_stage.", at_least=1
+    )
+    decoder_first_pipeline_num_layers: int | None = param(
+        None, "Layers of the first pipeline stage. Default: balanced.", at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = param(
+        None, "Layers of the last pipeline stage. Default: balanced.", at_least=1
     )
     sequence_parallel: bool = param(
         False,
         "Split norms and residuals along the sequence over the tensor-parallel ranks; off where there is one.",
     )
-    context_parallel_size: int = param(
-        1, "Ranks that share the tokens of each sequence.", at_least=1, not_yet="context parallelism"
+    context_parallel_size: int = param(1, "Ranks that share the tokens of each sequence.", at_least=1)
+    cp_comm_type: Literal["all_gather", "p2p", "a2a"] = param(
+        "all_gather",
+        "How context-parallel ranks see each other's keys: gathered, passed round a ring, or tokens exchanged for heads.",
     )
     tp_comm_overlap: bool = param(
         False,

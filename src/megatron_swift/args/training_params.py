@@ -22,22 +22,20 @@ class TrainingParams(Arguments):
         "Samples (or packs) per optimizer step: micro_batch_size x data-parallel size x accumulation steps.",
         at_least=1,
     )
-    recompute_granularity: Literal["selective", "full"] = param(
+    recompute_granularity: Literal["none", "selective", "full"] = param(
         "selective",
-        "What the backward pass computes again instead of storing: selective = core attention, full = whole layers.",
-        not_yet="recomputation of whole layers",
+        "What the backward pass computes again instead of storing: nothing, the core attention (fused attention kernels "
+        "never store its weights), or whole layers.",
     )
     recompute_method: Literal["uniform", "block"] | None = param(
         None,
         "With recompute_granularity full: uniform = chunks of recompute_num_layers layers, block = the first "
         "recompute_num_layers layers of each pipeline stage.",
-        not_yet="recomputation of whole layers",
     )
     recompute_num_layers: int | None = param(
         None,
         "With recompute_granularity full: layers per chunk (uniform) or per pipeline stage (block).",
         at_least=1,
-        not_yet="recomputation of whole layers",
     )
     deterministic_mode: bool = param(
         False, "Use only operations whose result is the same bit for bit in every run; slower. Excludes fused variants."
@@ -180,7 +178,9 @@ class MixedPrecisionParams(Arguments):
         no_effect="it cancels mathematically, and attention scores are kept in float32",
     )
     attention_softmax_in_fp32: bool = param(
-        True, "Compute the attention softmax in float32.", no_effect="the softmax is always accumulated in float32"
+        True,
+        "Compute the attention softmax in float32. Only the unfused attention_backend can do otherwise: the fused kernels "
+        "always do.",
     )
 
 

@@ -64,15 +64,16 @@ def piece_of(
     start: int,
     *,
     num_layers: int,
+    column: int = 0,
     dtype: torch.dtype | None = None,
     prefix: str = "",
 ) -> Piece:
-    """The piece that holds rows [start, start + len(rows)) of a parameter; a layer's piece lies in its stacked tensor.
+    """The piece that holds rows from `start` (and columns from `column`) of a parameter; a layer's piece lies in its stacked tensor.
 
     dtype : what they are cast to when they are written, so that no second copy of the model is made; None keeps theirs.
     """
     kept = dtype or rows.dtype
-    offset, shape = (start, *[0] * (len(spec.shape) - 1)), spec.shape
+    offset, shape = (start, column)[: len(spec.shape)], spec.shape
     if spec.layer is None:
         return Piece(prefix + spec.megatron_key, lambda: rows.to(kept), kept, tuple(rows.shape), offset, shape)
     key, size = prefix + spec.megatron_key, (1, *rows.shape)
@@ -328,10 +329,20 @@ class MegatronWeights:
                 f"{self.files.folder}: {spec.megatron_key} has shape {self.files.shape(spec.megatron_key)}, the model needs {whole}"
             )
 
-    def read(self, spec: TensorSpec, start: int = 0, stop: int | None = None, *, prefix: str = "") -> Tensor:
-        """Rows [start, stop) of a parameter, or with a prefix of its optimizer state."""
+    def read(
+        self,
+        spec: TensorSpec,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        columns: tuple[int, int] | None = None,
+        prefix: str = "",
+    ) -> Tensor:
+        """Rows [start, stop), columns [columns) of a parameter, or with a prefix of its optimizer state."""
         rows = (spec.shape[0] if stop is None else stop) - start
-        offset, shape = (start, *[0] * (len(spec.shape) - 1)), (rows, *spec.shape[1:])
+        offset, shape = [start, *[0] * (len(spec.shape) - 1)], [rows, *spec.shape[1:]]
+        if columns is not None:
+            offset[1], shape[1] = columns[0], columns[1] - columns[0]
         if spec.layer is None:
-            return self.files.read(prefix + spec.megatron_key, offset, shape)
+            return self.files.read(prefix + spec.megatron_key, tuple(offset), tuple(shape))
         return self.files.read(prefix + spec.megatron_key, (spec.layer, *offset), (1, *shape))[0]

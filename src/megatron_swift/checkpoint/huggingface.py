@@ -51,17 +51,21 @@ class HuggingFaceWeights:
                 do="use the config.json that belongs to these weights",
             )
 
-    def read(self, spec: TensorSpec, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of one of our parameters; only those rows are read from disk."""
+    def read(
+        self, spec: TensorSpec, start: int = 0, stop: int | None = None, *, columns: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Rows [start, stop), columns [columns) of one of our parameters; only those are read from disk."""
         stop = spec.shape[0] if stop is None else stop
         parts, row = [], 0
+        where = (slice(*columns),) if columns is not None else ()
         for block in spec.blocks:
             first, last = max(start, row), min(stop, row + block.rows)
             if first < last:
-                parts.append(self.files.slice(block.hf_name)[block.start + first - row : block.start + last - row])
+                rows = slice(block.start + first - row, block.start + last - row)
+                parts.append(self.files.slice(block.hf_name)[(rows, *where)])
             row += block.rows
         if not parts:  # an empty slice, of a rank that holds no row
-            return self.files.slice(spec.blocks[0].hf_name)[0:0]
+            return self.files.slice(spec.blocks[0].hf_name)[(slice(0, 0), *where)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

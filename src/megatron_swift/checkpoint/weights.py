@@ -16,8 +16,10 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 class WeightSource(Protocol):
     """Weights by our parameter names, read by slices."""
 
-    def read(self, spec: TensorSpec, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a parameter on the CPU, in the dtype it is stored in."""
+    def read(
+        self, spec: TensorSpec, start: int = 0, stop: int | None = None, *, columns: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Rows [start, stop), columns [columns) of a parameter on the CPU, in the dtype it is stored in; by default all of it."""
         ...
 
 

@@ -15,7 +15,15 @@ from typing import cast
 
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.inherit import inherit
-from megatron_swift.args.rules import TRACKER, check_lengths, check_schedule, check_train, data_parallel_size
+from megatron_swift.args.rules import (
+    TRACKER,
+    Shape,
+    check_layout,
+    check_lengths,
+    check_schedule,
+    check_train,
+    data_parallel_size,
+)
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.commands.run_folder import make_run_dir, write_run_files
@@ -100,13 +108,20 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     )
     model = override(described.config, args)
     check_lengths(args, max_position_embeddings=model.max_position_embeddings)
+    dp_size = data_parallel_size(args, world_size=world_size(env))
+    shape = Shape(
+        num_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        ffn_hidden_size=model.ffn_hidden_size,
+    )
+    check_layout(args, shape, num_micro_batches=args.global_batch_size // (args.micro_batch_size * dp_size))
     if tokenizer.vocab_size > model.vocab_size:
         raise UsageError(
             f"the tokenizer of {model_dir} has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}",
             do="use the tokenizer that belongs to the model",
         )
     prepared = prepare(data_options(args, described.template, model), tokenizer)
-    dp_size = data_parallel_size(args, world_size=world_size(env))
     iters = train_iters(args, len(prepared.train))
     check_schedule(args, train_iters=iters)
     _check_evaluation(args, prepared)

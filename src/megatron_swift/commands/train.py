@@ -14,6 +14,7 @@ import torch
 
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
+from megatron_swift.args.rules import virtual_stages
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.dcp import MegatronWeights
 from megatron_swift.checkpoint.huggingface import HuggingFaceWeights, write_hugging_face
@@ -26,8 +27,10 @@ from megatron_swift.data.loader import TrainLoader, eval_batches
 from megatron_swift.data.order import Order
 from megatron_swift.data.prepare import open_prepared
 from megatron_swift.parallel import mesh as meshes
+from megatron_swift.parallel.data import Sharding
 from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
-from megatron_swift.parallel.mesh import Mesh
+from megatron_swift.parallel.mesh import Mesh, Sizes
+from megatron_swift.parallel.recompute import Recompute
 from megatron_swift.train.loop import Actions, LoopOptions, train
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
 from megatron_swift.train.outputs import VS_SAMPLES, OutputOptions, Outputs
@@ -67,7 +70,8 @@ class _Run:
 def run(setup: RunSetup, *, started: float | None = None) -> None:
     """Train. started: when the user's command began (time.time), to say how long the start took."""
     args = setup.args
-    mesh = meshes.start(backend=args.distributed_backend, timeout_minutes=args.distributed_timeout_minutes)
+    sizes = Sizes(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+    mesh = meshes.start(backend=args.distributed_backend, timeout_minutes=args.distributed_timeout_minutes, sizes=sizes)
     try:
         _seed(args)
         run_dir = next(d for d in mesh.gather_objects(setup.run_dir) if d is not None)
@@ -76,7 +80,7 @@ def run(setup: RunSetup, *, started: float | None = None) -> None:
         marks.append(("model and weights", time.time()))
         prepared = open_prepared(setup.data)
         _check_data(parts, prepared.folder.name)
-        steps = _train_batches(setup, mesh, prepared.train, parts.state)
+        steps = _train_batches(parts, prepared.train)
         outputs = _outputs(setup, run_dir, mesh) if mesh.rank == 0 else None
         if mesh.rank == 0:
             _say_start(parts, started, marks)
@@ -109,14 +113,29 @@ def _seed(args: TrainArguments) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def engine_options(setup: RunSetup) -> EngineOptions:
+    """The arguments that say how to compute and how to spread the model."""
+    args = setup.args
+    strategy = args.data_parallel_sharding_strategy or ("optim" if args.use_distributed_optimizer else "no_shard")
+    return EngineOptions(
+        compute_dtype=TORCH_DTYPES[setup.dtype],
+        attention_backend="flash" if args.use_flash_attn else args.attention_backend,
+        softmax_in_fp32=args.attention_softmax_in_fp32,
+        chunked_cross_entropy=args.cross_entropy_loss_fusion,
+        sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
+        sharding=Sharding(strategy),
+        context_kind=args.cp_comm_type,
+        recompute=Recompute(args.recompute_granularity, args.recompute_method, args.recompute_num_layers),
+        chunks_per_rank=virtual_stages(args, num_layers=setup.model.num_layers),
+        first_layers=args.decoder_first_pipeline_num_layers,
+        last_layers=args.decoder_last_pipeline_num_layers,
+    )
+
+
 def _build(setup: RunSetup, run_dir: Path, mesh: Mesh) -> _Run:
     """Model, weights, optimizer and, when resuming, all of the state."""
     args, cfg = setup.args, setup.model
-    options = EngineOptions(
-        compute_dtype=TORCH_DTYPES[setup.dtype],
-        attention_backend="flash" if args.use_flash_attn else args.attention_backend,
-        chunked_cross_entropy=args.cross_entropy_loss_fusion,
-    )
+    options = engine_options(setup)
     try:
         engine = build_engine(cfg, mesh, options)
     except ValueError as error:
@@ -206,7 +225,8 @@ def _check_data(parts: _Run, fingerprint: str) -> None:
     state.settings = settings
 
 
-def _train_batches(setup: RunSetup, mesh: Mesh, rows: PackedRows, state: TrainState) -> TrainLoader:
+def _train_batches(parts: _Run, rows: PackedRows) -> TrainLoader:
+    setup, mesh, state = parts.setup, parts.mesh, parts.state
     args = setup.args
     order = Order(len(rows), seed=args.seed, shuffle=args.dataloader_type == "cyclic")
     return TrainLoader(
@@ -221,7 +241,8 @@ def _train_batches(setup: RunSetup, mesh: Mesh, rows: PackedRows, state: TrainSt
         num_workers=args.num_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         persistent_workers=args.dataloader_persistent_workers,
-        pad_to_multiple=1,
+        pad_to_multiple=parts.engine.row_multiple,
+        segment_multiple=parts.engine.segment_multiple,
         pad_id=setup.pad_id,
         pin_memory=mesh.device.type == "cuda",
     )
@@ -241,7 +262,8 @@ def _evaluation(setup: RunSetup, parts: _Run, rows: PackedRows | None) -> Callab
             dp_size=mesh.dp_size,
             micro_batch_size=args.micro_batch_size,
             global_batch_size=args.global_batch_size,
-            pad_to_multiple=1,
+            pad_to_multiple=parts.engine.row_multiple,
+            segment_multiple=parts.engine.segment_multiple,
             pad_id=setup.pad_id,
         )
         for batch in batches:
@@ -305,7 +327,9 @@ def _outputs(setup: RunSetup, run_dir: Path, mesh: Mesh) -> Outputs:
 
 def _say_start(parts: _Run, started: float | None, marks: list[tuple[str, float]]) -> None:
     mesh, kernels = parts.mesh, parts.engine.kernels
-    print(f"{'device':14s} {mesh.device.type} x {mesh.world_size}, backend {mesh.backend if mesh.dp else 'none'}")
+    print(
+        f"{'device':14s} {mesh.device.type} x {mesh.world_size}, backend {mesh.backend if mesh.world_size > 1 else 'none'}"
+    )
     for name, reason in kernels.items():
         print(f"{name:14s} {reason}")
     if parts.state.iteration:

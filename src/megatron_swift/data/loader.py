@@ -23,27 +23,31 @@ class Rows(Protocol):
     def row(self, index: int) -> list[Sample]: ...
 
 
-def collate(samples: Sequence[Sample], *, pad_to_multiple: int, pad_id: int, rows: tuple[int, ...]) -> Batch:
+def collate(
+    samples: Sequence[Sample], *, pad_to_multiple: int, pad_id: int, rows: tuple[int, ...], segment_multiple: int = 1
+) -> Batch:
     """The samples as one packed row of T tokens, T the next multiple of `pad_to_multiple`.
 
-    Labels are shifted within each sample, whose last position predicts nothing. The padding is a last segment of its own:
-    token pad_id, label IGNORE, positions from 0.
+    Labels are shifted within each sample, whose last position predicts nothing. Padding has token pad_id, label IGNORE and positions
+    that count on: at the end of each sample up to the next multiple of `segment_multiple` (context parallelism cuts each segment),
+    where causal attention keeps it out of sight, and as a last segment of its own.
     """
-    lengths = [len(sample.ids) for sample in samples]
-    used = sum(lengths)
+    padded = [-(-len(sample.ids) // segment_multiple) * segment_multiple for sample in samples]
+    used = sum(padded)
     padding = -used % pad_to_multiple
+    assert padding % segment_multiple == 0, (pad_to_multiple, segment_multiple)
     tokens = np.full(used + padding, pad_id, np.int64)
     labels = np.full(used + padding, IGNORE, np.int64)
     positions = np.empty(used + padding, np.int64)
     start = 0
-    for sample, length in zip(samples, lengths, strict=True):
-        stop = start + length
+    for sample, length in zip(samples, padded, strict=True):
+        stop = start + len(sample.ids)
         tokens[start:stop] = sample.ids
         labels[start : stop - 1] = sample.labels[1:]
-        positions[start:stop] = np.arange(length)
-        start = stop
+        positions[start : start + length] = np.arange(length)
+        start += length
     positions[used:] = np.arange(padding)
-    return Batch(tokens, labels, positions, (*lengths, padding) if padding else tuple(lengths), rows)
+    return Batch(tokens, labels, positions, (*padded, padding) if padding else tuple(padded), rows)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Layout:
     global_batch_size: int
     pad_to_multiple: int
     pad_id: int
+    segment_multiple: int = 1
 
     @property
     def num_micro_batches(self) -> int:
@@ -80,7 +85,13 @@ class Layout:
         samples = [sample for number in numbers for sample in rows.row(number)]
         if not samples:
             samples = [Sample(np.array([self.pad_id], np.int32), np.array([IGNORE], np.int32))]
-        return collate(samples, pad_to_multiple=self.pad_to_multiple, pad_id=self.pad_id, rows=tuple(numbers))
+        return collate(
+            samples,
+            pad_to_multiple=self.pad_to_multiple,
+            pad_id=self.pad_id,
+            rows=tuple(numbers),
+            segment_multiple=self.segment_multiple,
+        )
 
 
 class _Steps(Dataset):
@@ -138,8 +149,11 @@ class TrainLoader:
         pad_to_multiple: int,
         pad_id: int,
         pin_memory: bool,
+        segment_multiple: int = 1,
     ) -> None:
-        layout = Layout(dp_rank, dp_size, micro_batch_size, global_batch_size, pad_to_multiple, pad_id)
+        layout = Layout(
+            dp_rank, dp_size, micro_batch_size, global_batch_size, pad_to_multiple, pad_id, segment_multiple
+        )
         self._steps = _Steps(rows, order, layout)
         self._numbers = range(first_step, first_step + num_steps)
         self._pin = pin_memory and torch.cuda.is_available()
@@ -181,6 +195,7 @@ def eval_batches(
     global_batch_size: int,
     pad_to_multiple: int,
     pad_id: int,
+    segment_multiple: int = 1,
 ) -> Iterator[list[Batch]]:
     """For each global batch, this rank's micro-batches: equally many on every rank, rows in their own order.
 
@@ -188,7 +203,7 @@ def eval_batches(
                   -1: every row exactly once; where the last global batch has no row left, a micro-batch is one token
                   (padded) that is not trained and belongs to no row.
     """
-    layout = Layout(dp_rank, dp_size, micro_batch_size, global_batch_size, pad_to_multiple, pad_id)
+    layout = Layout(dp_rank, dp_size, micro_batch_size, global_batch_size, pad_to_multiple, pad_id, segment_multiple)
     total = len(rows)
     assert total > 0, "no rows to evaluate on"
     once = num_batches == -1

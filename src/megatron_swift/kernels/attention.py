@@ -73,10 +73,11 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The kernel in use and the sentence about it for the start-up banner."""
+    """The kernel in use, the sentence about it for the start-up banner, and whether it keeps the attention weights for the backward pass."""
 
     core: AttentionCore
     reason: str
+    keeps_weights: bool = False
 
 
 def choose_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,20 @@ from torch import Tensor, nn
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.kernels.cross_entropy import linear_cross_entropy
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.models.layers import Attention, Embedding, Linear, RMSNorm, TransformerLayer
+from megatron_swift.models.layers import Attention, Embedding, Linear, RMSNorm, Seam, TransformerLayer, identity
 from megatron_swift.models.rope import Rotary
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Rotation = tuple[Tensor, Tensor]
+# run(layers, x [T, H], cos and sin, segments) -> [T, H]
+LayerRunner = Callable[[Sequence[TransformerLayer], Tensor, Rotation, Segments], Tensor]
+
+
+def run_layers(layers: Sequence[TransformerLayer], x: Tensor, rotary: Rotation, segments: Segments) -> Tensor:
+    """One layer after the other, keeping every activation."""
+    for layer in layers:
+        x = layer(x, rotary, segments)
+    return x
 
 
 @dataclass(frozen=True)
@@ -64,13 +74,18 @@ class Decoder(nn.Module):
         self.decoder = Blocks(cfg, layers if layers is not None else range(cfg.num_layers), last=last)
         self.output_layer = Linear(cfg.hidden_size, cfg.vocab_size) if last and not cfg.tied_embeddings else None
         self.loss_function: LossFunction = linear_cross_entropy
+        self.enter: Seam = identity  # before the output layer, as in NormLinear
+        self.run_layers: LayerRunner = run_layers  # recomputation is put there
 
     @property
-    def attentions(self) -> Iterator[Attention]:
+    def layers(self) -> list[TransformerLayer]:
+        """The layers, in order."""
+        return list(self.decoder.layers.values())  # type: ignore[arg-type]  # a ModuleDict does not say what it holds
+
+    @property
+    def attentions(self) -> list[Attention]:
         """The attention of each layer, in order."""
-        for layer in self.decoder.layers.values():
-            assert isinstance(layer, TransformerLayer)
-            yield layer.self_attention
+        return [layer.self_attention for layer in self.layers]
 
     def set_attention(self, core: AttentionCore) -> None:
         """Use one attention kernel in every layer."""
@@ -82,9 +97,7 @@ class Decoder(nn.Module):
         if self.first:
             assert self.embedding is not None
             x = self.embedding.word_embeddings(x)
-        rotary = self.rotary(positions, x.dtype)
-        for layer in self.decoder.layers.values():
-            x = layer(x, rotary, segments)
+        x = self.run_layers(self.layers, x, self.rotary(positions, x.dtype), segments)
         return x if self.decoder.final_layernorm is None else self.decoder.final_layernorm(x)
 
     def output_weight(self) -> Tensor:
@@ -98,11 +111,16 @@ class Decoder(nn.Module):
         """hidden [N, H] -> logits [N, vocabulary] in the model's dtype."""
         return torch.nn.functional.linear(hidden, self.output_weight())
 
-    def forward(self, row: Row, scale: Tensor) -> Tensor:
-        """scale * the sum of the row's token losses: a scalar. scale is a 0-dim tensor (float32; float64 for a float64 model)."""
-        hidden = self.hidden_states(row.tokens, row.positions, row.segments)
+    def forward(self, row: Row, scale: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """On the last stage scale * the sum of the row's token losses, a scalar; on the others the hidden states [T, H] to hand on.
+
+        hidden : what the previous stage handed on, None on the first. scale : a 0-dim tensor (float32; float64 for a float64 model).
+        """
+        x = self.hidden_states(row.tokens if hidden is None else hidden, row.positions, row.segments)
+        if not self.last:
+            return x
         # Without any trained token this is a zero that still depends on all that ran: every rank must run the same backward.
-        return self.loss_function(hidden[row.index], self.output_weight(), row.targets, scale)
+        return self.loss_function(self.enter(x)[row.index], self.output_weight(), row.targets, scale)
 
 
 def build_decoder(

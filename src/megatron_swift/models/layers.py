@@ -5,6 +5,8 @@ Shapes: T tokens of a packed row, H hidden size, F feed-forward size, d kv_chann
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,14 @@ from torch import Tensor, nn
 from megatron_swift.kernels.attention import AttentionCore, Segments, plain_attention
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.rope import rotate
+
+# The seams where tensor parallelism puts its collectives; on one device each is the identity.
+Seam = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    """x."""
+    return x
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -39,19 +49,26 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b), W [out, in]."""
+    """y = x W^T, W [out, in]. `leave` is applied to y: the sum over ranks, where each holds some of the columns."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = False):
+    leave: Seam
+
+    def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = new_parameter(out_features, in_features)
-        self.bias = new_parameter(out_features) if bias else None
+        self.leave = identity
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.leave(F.linear(x, self.weight))
 
 
 class NormLinear(nn.Module):
-    """A linear layer that first applies its RMSNorm; one module, because Megatron-Core saves both under one name."""
+    """A linear layer that first applies its RMSNorm; one module, because Megatron-Core saves both under one name.
+
+    `enter` stands between the two: where ranks hold some of the rows each, it makes the gradient of the normalised input whole.
+    """
+
+    enter: Seam
 
     def __init__(self, in_features: int, out_features: int, epsilon: float, *, bias: bool = False):
         super().__init__()
@@ -59,20 +76,25 @@ class NormLinear(nn.Module):
         self.weight = new_parameter(out_features, in_features)
         self.bias = new_parameter(out_features) if bias else None
         self.epsilon = epsilon
+        self.enter = identity
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(rms_norm(x, self.layer_norm_weight, self.epsilon), self.weight, self.bias)
+        normalised = rms_norm(x, self.layer_norm_weight, self.epsilon)
+        return F.linear(self.enter(normalised), self.weight, self.bias)
 
 
 class Embedding(nn.Module):
-    """Token vectors, weight [vocabulary, H]."""
+    """Token vectors, weight [vocabulary, H]. `lookup(tokens, weight)` is replaced where ranks hold some of the rows each."""
+
+    lookup: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, num_embeddings: int, size: int):
         super().__init__()
         self.weight = new_parameter(num_embeddings, size)
+        self.lookup = F.embedding
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        return self.lookup(tokens, self.weight)
 
 
 class Attention(nn.Module):
@@ -90,10 +112,11 @@ class Attention(nn.Module):
         self.core = plain_attention
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, d]."""
-        tokens = x.shape[0]
+        """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, d]. Heads are counted from the weight: a rank may hold some of them."""
+        qkv = self.linear_qkv(x)
+        tokens = qkv.shape[0]
         # Rows are ordered by query group: its query heads, then its key, then its value.
-        grouped = self.linear_qkv(x).view(tokens, -1, self.heads_per_group + 2, self.head_dim)
+        grouped = qkv.view(tokens, -1, self.heads_per_group + 2, self.head_dim)
         q, k, v = grouped.split((self.heads_per_group, 1, 1), dim=2)
         q, k, v = q.reshape(tokens, -1, self.head_dim), k.squeeze(2), v.squeeze(2)
         if self.q_layernorm is not None and self.k_layernorm is not None:

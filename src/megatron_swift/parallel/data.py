@@ -1,4 +1,4 @@
-"""Data parallelism with a sharded optimizer: torch's FSDP2, its gradients SUMMED, never averaged.
+"""Data parallelism: torch's FSDP2 with its gradients SUMMED, never averaged; or whole replicas whose gradients are all-reduced.
 
 The loss is divided by the global token count beforehand, so the sum over ranks is the gradient of the global loss. Each setting below
 must be made on every wrapped module: torch does not pass them down.
@@ -7,6 +7,7 @@ must be made on every wrapped module: torch does not pass them down.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 
 import torch
 from torch import nn
@@ -14,16 +15,37 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron_swift.models.decoder import Decoder
+from megatron_swift.parallel.mesh import Axis
 
 
-def shard(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, master_dtype: torch.dtype) -> None:
+class Sharding(Enum):
+    """What the ranks that see different tokens share among them (Megatron-FSDP's names; ZeRO-0 to 3)."""
+
+    NO_SHARD = "no_shard"
+    OPTIM = "optim"
+    OPTIM_GRADS = "optim_grads"
+    OPTIM_GRADS_PARAMS = "optim_grads_params"
+
+
+def shard(
+    model: Decoder,
+    axis: Axis,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    master_dtype: torch.dtype,
+    sharding: Sharding,
+) -> None:
     """Wrap layer by layer and the rest as the root. Parameters stay in master_dtype, one shard per rank; compute runs in compute_dtype.
 
     Gradients are accumulated and reduced in master_dtype, as Megatron does.
     """
+    assert axis.group is not None
+    mesh = DeviceMesh.from_group(axis.group, device.type, mesh=torch.tensor(axis.ranks), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype, cast_forward_inputs=False)
-    for layer in model.decoder.layers.values():
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    reshard_after_forward = sharding is Sharding.OPTIM_GRADS_PARAMS
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in wrapped(model):
         module.set_gradient_divide_factor(1.0)
@@ -31,16 +53,19 @@ def shard(model: Decoder, mesh: DeviceMesh, *, compute_dtype: torch.dtype, maste
 
 
 def wrapped(model: nn.Module) -> Iterator[FSDPModule]:
-    """The FSDP modules of a model."""
+    """The FSDP modules of a model; none where it is not wrapped."""
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def before_backward(model: nn.Module, *, last: bool) -> None:
-    """ZeRO-1: gradients are reduced, and parameters resharded, only in the last backward pass of a step."""
+def before_backward(model: nn.Module, *, last: bool, sharding: Sharding) -> None:
+    """Say what the coming backward pass does, the last one of a step or not.
+
+    With OPTIM gradients stay whole until the last one; otherwise they are reduced each time. Parameters stay gathered until the last.
+    """
     for module in wrapped(model):
-        module.set_requires_gradient_sync(last, recurse=False)
+        module.set_requires_gradient_sync(last or sharding is not Sharding.OPTIM, recurse=False)
         module.set_is_last_backward(last)
-        module.set_reshard_after_backward(last, recurse=False)
+        module.set_reshard_after_backward(last or sharding is Sharding.OPTIM_GRADS_PARAMS, recurse=False)
 
 
 def reshard(model: nn.Module) -> None:

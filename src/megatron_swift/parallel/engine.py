@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +12,20 @@ from torch import Tensor
 
 from megatron_swift.data.types import IGNORE, Batch
 from megatron_swift.kernels.attention import Segments, choose_attention
-from megatron_swift.kernels.cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy
+from megatron_swift.kernels.cross_entropy import CHUNK_TOKENS, chunked_linear_cross_entropy, linear_cross_entropy
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row, build_decoder
 from megatron_swift.parallel import data as data_parallel
-from megatron_swift.parallel.mesh import Mesh
+from megatron_swift.parallel import tensor as tensor_parallel
+from megatron_swift.parallel.context import context_core, context_segments, zigzag
+from megatron_swift.parallel.data import Sharding
+from megatron_swift.parallel.mesh import Axis, Mesh, part_of
+from megatron_swift.parallel.pipeline import Links, Pipeline
+from megatron_swift.parallel.recompute import Recompute, layer_runner, recomputed_core
 from megatron_swift.parallel.shards import Shards
+from megatron_swift.parallel.stages import head_cost, split_layers
+
+TIED = "embedding.word_embeddings.weight"
 
 
 class Counts(NamedTuple):
@@ -30,65 +38,130 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How to compute. compute_dtype: the dtype of weights in matrix products; 16-bit types keep a float32 master."""
+    """How to compute. compute_dtype: the dtype of weights in matrix products; 16-bit types keep a float32 master.
+
+    chunks_per_rank : virtual pipeline stages on each rank. first_layers, last_layers : of the first and last stage, None: balanced.
+    context_kind    : all_gather, p2p or a2a.
+    """
 
     compute_dtype: torch.dtype
     attention_backend: str = "auto"
     softmax_in_fp32: bool = True
     chunked_cross_entropy: bool = False
+    sequence_parallel: bool = False
+    sharding: Sharding = Sharding.OPTIM
+    context_kind: str = "all_gather"
+    recompute: Recompute = field(default_factory=Recompute)
+    chunks_per_rank: int = 1
+    first_layers: int | None = None
+    last_layers: int | None = None
 
 
 class Engine:
     """Forward, backward and evaluation of a model on its mesh.
 
-    shards : the local parameters. kernels : one line per choice of kernel, for the start-up banner.
+    chunks  : this rank's parts of the model, one unless there are virtual pipeline stages.
+    shards  : the local parameters.
+    kernels : one line per choice of kernel and parallelism, for the start-up banner.
     """
 
     def __init__(
-        self, model: Decoder, mesh: Mesh, shards: Shards, *, exact_dtype: torch.dtype, kernels: dict[str, str]
+        self,
+        chunks: list[Decoder],
+        mesh: Mesh,
+        shards: Shards,
+        options: EngineOptions,
+        *,
+        hidden_size: int,
+        pipeline: Pipeline | None,
+        kernels: dict[str, str],
     ):
-        self.model, self.mesh, self.shards, self.kernels = model, mesh, shards, kernels
-        self.exact_dtype = exact_dtype
+        self.chunks, self.mesh, self.shards, self.options, self.kernels = chunks, mesh, shards, options, kernels
+        self.hidden_size, self.pipeline = hidden_size, pipeline
+        self.exact_dtype = torch.promote_types(options.compute_dtype, torch.float32)
+
+    @property
+    def segment_multiple(self) -> int:
+        """Every segment of a batch must have a multiple of this many tokens."""
+        return 2 * self.mesh.cp.size if self.mesh.cp.size > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """Every batch must have a multiple of this many tokens."""
+        return self.segment_multiple * (self.mesh.tp.size if self.options.sequence_parallel else 1)
 
     def count(self, batches: Sequence[Batch]) -> Counts:
         """What the batches of all data-parallel ranks hold, by one all-reduce."""
+        if not self.mesh.speaks_for_batch:
+            batches = ()
         trained, tokens = sum(b.num_trained for b in batches), sum(len(b.tokens) for b in batches)
         squares = sum(n * n for b in batches for n in b.lengths)
         return Counts(*(int(n) for n in self.mesh.sum([trained, tokens, squares])))
 
     def forward_backward(self, batches: Sequence[Batch], *, num_tokens: int, loss_scale: float = 1.0) -> float:
-        """Leave in the shards the gradient of (sum of token losses) / num_tokens over all ranks; returns the sum of token losses over all ranks.
+        """Leave in the shards the gradient of (sum of token losses) / num_tokens over all ranks; returns the sum of token losses over all.
 
         num_tokens : trained tokens of the global batch. loss_scale : fp16's; it is divided out of the gradients again.
         """
-        scale = torch.tensor(loss_scale / num_tokens, dtype=self.exact_dtype, device=self.mesh.device)
-        total = torch.zeros((), dtype=self.exact_dtype, device=self.mesh.device)
-        for number, batch in enumerate(batches, 1):
-            data_parallel.before_backward(self.model, last=number == len(batches))
-            loss = self.model(self._row(batch), scale)
-            loss.backward()
-            total += loss.detach()
+        losses = self._run(batches, scale=loss_scale / num_tokens, train=True)
         self.shards.pull(1.0 / loss_scale)
-        return self.mesh.sum([float(total)])[0] * num_tokens / loss_scale
+        return self._total(losses)[0] * num_tokens / loss_scale
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """(sum of token losses, number of trained tokens) of the batches of all ranks; no gradient is left behind."""
-        one = torch.ones((), dtype=self.exact_dtype, device=self.mesh.device)
-        total = sum(float(self.model(self._row(batch), one)) for batch in batches)
-        data_parallel.reshard(self.model)
-        loss, tokens = self.mesh.sum([total, sum(b.num_trained for b in batches)])
+        losses = self._run(batches, scale=1.0, train=False)
+        for chunk in self.chunks:
+            data_parallel.reshard(chunk)
+        trained = sum(b.num_trained for b in batches) if self.mesh.speaks_for_batch else 0
+        loss, tokens = self._total(losses, trained)
         return loss, int(tokens)
 
+    def _total(self, losses: Sequence[Tensor], *counts: int) -> list[float]:
+        """The sum of losses over all ranks: tensor-parallel ranks hold the same ones; on stages before the last there are none."""
+        mine = float(torch.stack(list(losses)).sum()) if losses and self.mesh.tp.rank == 0 else 0.0
+        return self.mesh.sum([mine, *counts])
+
+    def _run(self, batches: Sequence[Batch], *, scale: float, train: bool) -> list[Tensor]:
+        """Forward (and backward) of every batch; the detached losses, each times scale."""
+        rows = [self._row(batch) for batch in batches]
+        factor = torch.tensor(scale, dtype=self.exact_dtype, device=self.mesh.device)
+        sharding = self.options.sharding
+        if self.pipeline is not None:
+            share = self.mesh.tp.size if self.options.sequence_parallel else 1
+            return self.pipeline.run(
+                len(rows),
+                lambda chunk, micro, hidden: self.chunks[chunk](rows[micro], factor, hidden),
+                shape=lambda micro: (len(rows[micro].positions) // share, self.hidden_size),
+                dtype=self.options.compute_dtype,
+                device=self.mesh.device,
+                train=train,
+                before_backward=lambda chunk, last: data_parallel.before_backward(
+                    self.chunks[chunk], last=last, sharding=sharding
+                ),
+            )
+        losses, model = [], self.chunks[0]
+        for number, row in enumerate(rows, 1):
+            loss = model(row, factor)
+            if train:
+                data_parallel.before_backward(model, last=number == len(rows), sharding=sharding)
+                loss.backward()
+            losses.append(loss.detach())
+        return losses
+
     def _row(self, batch: Batch) -> Row:
-        device = self.mesh.device
-        index = np.flatnonzero(batch.labels != IGNORE)  # on the host: a mask on the device would cost a synchronisation
+        """A batch on the device; under context parallelism this rank's part of it. Labels were shifted before the cut."""
+        device, cp = self.mesh.device, self.mesh.cp
+        tokens, positions, labels = batch.tokens, batch.positions, batch.labels
+        if cp.size > 1:
+            segments: Segments = context_segments(batch.lengths, cp=cp.size, device=device)
+            mine = zigzag(batch.lengths, cp=cp.size, rank=cp.rank).numpy()
+            tokens, positions, labels = tokens[mine], positions[mine], labels[mine]
+        else:
+            segments = Segments.of(batch.lengths, device)
+        index = np.flatnonzero(labels != IGNORE)  # on the host: a mask on the device would cost a synchronisation
         return Row(
-            _to(batch.tokens, device),
-            _to(batch.positions, device),
-            Segments.of(batch.lengths, device),
-            _to(index, device),
-            _to(batch.labels[index], device),
+            _to(tokens, device), _to(positions, device), segments, _to(index, device), _to(labels[index], device)
         )
 
 
@@ -100,31 +173,132 @@ def _to(array: np.ndarray, device: torch.device) -> Tensor:
 def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine:
     """Spread a model over the mesh. The parameters are uninitialised: load weights into `engine.shards`, then `push()`.
 
-    The ordered list: layers -> kernels -> data parallelism -> shards.
+    THE ordered list: stages -> layers -> attention kernel -> context -> tensor -> recomputation -> data parallelism -> shards -> pipeline.
     """
-    exact = torch.promote_types(options.compute_dtype, torch.float32)
-    device = mesh.device
-    # With FSDP the parameters are the masters; without, they are what the matrix products use.
-    model = build_decoder(
-        cfg,
-        dtype=exact if mesh.dp is not None else options.compute_dtype,
-        device=torch.device("meta") if mesh.dp is not None else device,
+    exact, device = torch.promote_types(options.compute_dtype, torch.float32), mesh.device
+    sharded = mesh.shard.size > 1 and options.sharding is not Sharding.NO_SHARD
+    local, stages = tensor_parallel.local_config(cfg, mesh.tp.size), _stages(cfg, mesh, options)
+    kernels: dict[str, str] = {}
+    chunks = []
+    for number in range(options.chunks_per_rank):
+        stage = number * mesh.pp.size + mesh.pp.rank
+        model = build_decoder(
+            local,
+            # With FSDP the parameters are the masters; without, they are what the matrix products use.
+            dtype=exact if sharded else options.compute_dtype,
+            device=torch.device("meta") if sharded else device,
+            layers=stages[stage],
+            first=stage == 0,
+            last=stage == len(stages) - 1,
+        )
+        _install_attention(model, mesh, options, kernels)
+        _install_tensor_parallel(model, cfg, mesh, options, kernels)
+        model.run_layers = layer_runner(options.recompute)
+        if sharded:
+            data_parallel.shard(
+                model,
+                mesh.shard,
+                device=device,
+                compute_dtype=options.compute_dtype,
+                master_dtype=exact,
+                sharding=options.sharding,
+            )
+            model.to_empty(device=device)
+        chunks.append(model)
+    shards = _make_shards(chunks, cfg, mesh, options, replicated=not sharded)
+    pipeline = Pipeline(mesh.pp, Links(mesh.pp), options.chunks_per_rank) if mesh.pp.size > 1 else None
+    kernels |= _describe(mesh, options, stages)
+    return Engine(chunks, mesh, shards, options, hidden_size=cfg.hidden_size, pipeline=pipeline, kernels=kernels)
+
+
+def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]:
+    return split_layers(
+        cfg.num_layers,
+        mesh.pp.size * options.chunks_per_rank,
+        last_cost=head_cost(cfg),
+        first=options.first_layers,
+        last=options.last_layers,
     )
-    attention = choose_attention(
-        options.attention_backend, device=device, dtype=options.compute_dtype, softmax_in_fp32=options.softmax_in_fp32
+
+
+def _install_attention(model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]) -> None:
+    choice = choose_attention(
+        options.attention_backend,
+        device=mesh.device,
+        dtype=options.compute_dtype,
+        softmax_in_fp32=options.softmax_in_fp32,
     )
-    model.set_attention(attention.core)
+    core = choice.core
+    kernels["attention"] = choice.reason
+    if mesh.cp.size > 1:
+        core = context_core(options.context_kind, mesh.cp, core)
+        kernels["context"] = f"{mesh.cp.size} ranks, zig-zag chunks, {options.context_kind}"
+    elif options.recompute.granularity == "selective" and choice.keeps_weights:
+        core = recomputed_core(core)
+        kernels["attention"] += ", computed again in the backward pass"
+    model.set_attention(core)
+
+
+def _install_tensor_parallel(
+    model: Decoder, cfg: ModelConfig, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]
+) -> None:
     chunked = options.chunked_cross_entropy
     model.loss_function = chunked_linear_cross_entropy if chunked else linear_cross_entropy
-    if mesh.dp is not None:
-        data_parallel.shard(model, mesh.dp, compute_dtype=options.compute_dtype, master_dtype=exact)
-        model.to_empty(device=device)
-    shards = Shards(model, mesh, master_dtype=exact)
-    kernels = {
-        "attention": attention.reason,
-        "cross-entropy": "chunked, logits never whole" if chunked else "plain, whole logits of the trained tokens",
-        "data parallel": f"FSDP2 over {mesh.dp_size} ranks, gradients summed ({mesh.backend})"
-        if mesh.dp is not None
-        else "none (one process)",
-    }
-    return Engine(model, mesh, shards, exact_dtype=exact, kernels=kernels)
+    kernels["cross-entropy"] = "chunked, logits never whole" if chunked else "whole logits of the trained tokens"
+    if mesh.tp.size > 1:
+        tensor_parallel.install(
+            model,
+            cfg,
+            mesh.tp,
+            sequence_parallel=options.sequence_parallel,
+            chunk_tokens=CHUNK_TOKENS if chunked else None,
+        )
+
+
+def _make_shards(
+    chunks: list[Decoder], cfg: ModelConfig, mesh: Mesh, options: EngineOptions, *, replicated: bool
+) -> Shards:
+    whole = build_decoder(cfg, dtype=torch.float32, device=torch.device("meta"))
+    shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+
+    def place(name: str) -> tensor_parallel.Placement:
+        return tensor_parallel.placement(name, shapes[name], cfg, mesh.tp, sequence_parallel=options.sequence_parallel)
+
+    shared = cfg.tied_embeddings and mesh.pp.size > 1
+    shards = Shards(
+        chunks,
+        mesh,
+        master_dtype=torch.promote_types(options.compute_dtype, torch.float32),
+        shapes=shapes,
+        place=place,
+        replicated=replicated,
+        tied=TIED if shared else None,
+        kv_replicas=part_of(mesh.tp, max(mesh.tp.size // cfg.num_query_groups, 1)),
+        ends=mesh.ends if shared else Axis(),
+    )
+    with torch.no_grad():
+        for shard in shards:
+            shard.master.zero_()  # rows of padding stay zero
+    return shards
+
+
+def _describe(mesh: Mesh, options: EngineOptions, stages: list[range]) -> dict[str, str]:
+    """Lines for the banner."""
+    lines = {}
+    if mesh.tp.size > 1:
+        lines["tensor"] = f"{mesh.tp.size} ranks" + (", sequence parallel" if options.sequence_parallel else "")
+    if mesh.pp.size > 1:
+        virtual = f", {options.chunks_per_rank} virtual stages each" if options.chunks_per_rank > 1 else ""
+        lines["pipeline"] = f"{mesh.pp.size} ranks{virtual}, layers per stage {[len(s) for s in stages]}"
+    if options.recompute.granularity == "full":
+        lines["recompute"] = f"whole layers, {options.recompute.method} {options.recompute.num_layers}"
+    if mesh.shard.size > 1:
+        how = (
+            "replicas, gradients all-reduced"
+            if options.sharding is Sharding.NO_SHARD
+            else f"FSDP2, {options.sharding.value} sharded"
+        )
+        lines["data parallel"] = f"{how} over {mesh.shard.size} ranks, gradients summed ({mesh.backend})"
+    else:
+        lines["data parallel"] = "none" if mesh.world_size > 1 else "none (one process)"
+    return lines

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from megatron_swift.parallel.mesh import Mesh
+from megatron_swift.parallel.mesh import Axis, Mesh
+from megatron_swift.parallel.tensor import Placement
+
+
+@dataclass(frozen=True)
+class Box:
+    """Rows [local, local + rows) of a master, which are rows [start, start + rows) of the whole parameter, in `columns` (None: all).
+
+    owned : whether this rank counts and saves them; other ranks may hold replicas.
+    """
+
+    local: int
+    rows: int
+    start: int
+    columns: tuple[int, int] | None
+    owned: bool
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """Local rows whose gradient must be summed over the consecutive tensor-parallel ranks that replicate them."""
+
+    local: int
+    rows: int
+    replicas: int
 
 
 @dataclass
 class Shard:
-    """Rows [start, start + len(master)) of a parameter of global `shape`.
+    """This rank's part of the parameter `name` of global `shape`.
 
     master : the values the optimizer steps, in master precision; its .grad is the gradient of this step.
     param  : the module's parameter that they stand for.
+    boxes  : where its rows lie in the whole; rows in no box are padding.
     """
 
     name: str
     master: nn.Parameter
     param: nn.Parameter
-    start: int
     shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    partials: tuple[_Partial, ...]
 
     @property
     def copied(self) -> bool:
@@ -34,39 +61,94 @@ class Shard:
 
 
 class Shards:
-    """name -> Shard, for every parameter of the model.
+    """name -> Shard, for every parameter that this rank holds.
 
     With FSDP the master is the local part of the sharded parameter itself. Without, it is the parameter, or for a 16-bit model a copy
     in master_dtype whose gradient is accumulated in master_dtype too.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, *, master_dtype: torch.dtype):
-        self.mesh, self.master_dtype = mesh, master_dtype
-        self.by_name = {name: self._shard(name, param) for name, param in model.named_parameters()}
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        mesh: Mesh,
+        *,
+        master_dtype: torch.dtype,
+        shapes: dict[str, tuple[int, ...]],
+        place: Callable[[str], Placement],
+        replicated: bool,
+        tied: str | None,
+        kv_replicas: Axis,
+        ends: Axis,
+    ):
+        """shapes and place: of every parameter's whole and of this rank's part. replicated: the shard axis holds replicas (no FSDP).
+
+        tied : the parameter that the first and the last pipeline stage both hold, None where no two do. ends: those two ranks.
+        kv_replicas : the ranks that replicate a key/value head.
+        """
+        self.mesh, self.master_dtype, self.tied, self.ends = mesh, master_dtype, tied, ends
+        self.kv_replicas, self.replicated = kv_replicas, replicated
+        self.shapes, self.place = shapes, place
+        self.by_name = {name: self._shard(name, param) for chunk in chunks for name, param in chunk.named_parameters()}
 
     def __iter__(self) -> Iterator[Shard]:
         return iter(self.by_name.values())
 
     def _shard(self, name: str, param: nn.Parameter) -> Shard:
+        owned = not (self.replicated and self.mesh.shard.rank > 0)
+        owned = owned and not (name == self.tied and self.mesh.pp.rank > 0)
         if isinstance(param, DTensor):
             _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-            return Shard(name, nn.Parameter(param.to_local().detach()), param, int(offset[0]), tuple(param.shape))
+            return self._located(name, nn.Parameter(param.to_local().detach()), param, int(offset[0]), owned)
         if param.dtype == self.master_dtype:
-            return Shard(name, nn.Parameter(param.detach()), param, 0, tuple(param.shape))
-        shard = Shard(name, nn.Parameter(param.detach().to(self.master_dtype)), param, 0, tuple(param.shape))
+            return self._located(name, nn.Parameter(param.detach()), param, 0, owned)
+        shard = self._located(name, nn.Parameter(param.detach().to(self.master_dtype)), param, 0, owned)
         param.register_post_accumulate_grad_hook(lambda p: _accumulate(shard.master, p))
         return shard
 
+    def _located(self, name: str, master: nn.Parameter, param: nn.Parameter, first: int, owned: bool) -> Shard:
+        """The shard whose master is rows [first, first + len(master)) of this rank's tensor-parallel part."""
+        where = self.place(name)
+        boxes, partials = [], []
+        for span in where.spans:
+            low, high = max(span.local, first), min(span.local + span.rows, first + len(master))
+            if low >= high:
+                continue
+            boxes.append(
+                Box(low - first, high - low, span.start + low - span.local, where.columns, owned and span.owner)
+            )
+            if span.partial:
+                partials.append(_Partial(low - first, high - low, span.replicas))
+        return Shard(name, master, param, self.shapes[name], tuple(boxes), tuple(partials))
+
     def pull(self, factor: float = 1.0) -> None:
-        """Take the gradients from the module, times `factor` (the inverse of the fp16 loss scale)."""
+        """Take the gradients from the module, finish them over the ranks, times `factor` (the inverse of the fp16 loss scale)."""
         for shard in self:
             if not shard.copied:
                 grad = shard.param.grad
                 assert grad is not None, f"{shard.name} got no gradient"
                 shard.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
                 shard.param.grad = None
+        self._finish()
         if factor != 1.0:
-            torch._foreach_mul_([g for s in self if (g := s.master.grad) is not None], factor)
+            torch._foreach_mul_(self._grads(), factor)
+
+    def _grads(self) -> list[Tensor]:
+        return [g for s in self if (g := s.master.grad) is not None]
+
+    def _finish(self) -> None:
+        """Sum what is only a contribution: replicas without FSDP, replicated rows under tensor parallelism, tied embeddings."""
+        if self.replicated and self.mesh.shard.size > 1:
+            _sum_together(self._grads(), self.mesh.shard)
+        for axis in {self.mesh.tp.size: self.mesh.tp, self.kv_replicas.size: self.kv_replicas}.values():
+            if axis.size > 1:
+                wanted = [(s, p) for s in self for p in s.partials if p.replicas == axis.size]
+                _sum_together(
+                    [s.master.grad[p.local : p.local + p.rows] for s, p in wanted if s.master.grad is not None], axis
+                )
+        if self.tied in self.by_name and self.ends.size > 1:
+            grad = self.by_name[self.tied].master.grad
+            assert grad is not None
+            _sum_together([grad], self.ends)
 
     def push(self) -> None:
         """Refresh the module's 16-bit copies from the masters."""
@@ -82,26 +164,45 @@ class Shards:
 
     def grad_norm(self) -> float:
         """The L2 norm of the whole model's gradient, each value counted once, summed in float64."""
-        return self._norm([g for s in self if (g := s.master.grad) is not None])
+        return self._norm([(s, s.master.grad) for s in self if s.master.grad is not None])
 
     def params_norm(self) -> float:
-        """The L2 norm of all parameters."""
-        return self._norm([s.master.detach() for s in self])
+        """The L2 norm of all parameters, each value counted once."""
+        return self._norm([(s, s.master.detach()) for s in self])
 
-    def _norm(self, tensors: list[Tensor]) -> float:
-        squares = (
-            torch.stack([n.double() for n in torch._foreach_norm([t for t in tensors if t.numel()])]).square().sum()
-        )
-        return float(self.mesh.sum_(squares).sqrt())
+    def _norm(self, values: list[tuple[Shard, Tensor]]) -> float:
+        parts = [t[b.local : b.local + b.rows] for s, t in values for b in s.boxes if b.owned]
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if parts:
+            total = torch.stack([n.double() for n in torch._foreach_norm(parts)]).square().sum()
+        return float(self.mesh.sum_(total).sqrt())
 
     def scale_grads(self, factor: float) -> None:
         """Multiply every gradient (the clip)."""
-        torch._foreach_mul_([g for s in self if (g := s.master.grad) is not None], factor)
+        torch._foreach_mul_(self._grads(), factor)
+
+    def owned(self) -> dict[str, list[tuple[Box, Tensor]]]:
+        """What this rank alone counts and saves: for each parameter the boxes it owns with their values."""
+        return {s.name: [(b, s.master.detach()[b.local : b.local + b.rows]) for b in s.boxes if b.owned] for s in self}
 
     def full(self, name: str) -> Tensor:
-        """A whole parameter in master precision; with FSDP every rank must ask for it."""
-        param = self.by_name[name].param
-        return param.full_tensor().detach() if isinstance(param, DTensor) else self.by_name[name].master.detach()
+        """A whole parameter in master precision, on the CPU. For tests and small models: every rank must ask for it."""
+        mine = [(b, t.cpu()) for b, t in self.owned().get(name, [])]
+        whole = torch.full(self.shapes[name], float("nan"), dtype=self.master_dtype)
+        for boxes in self.mesh.gather_objects(mine):
+            for box, values in boxes:
+                rows = whole[box.start : box.start + box.rows]
+                (rows if box.columns is None else rows[:, slice(*box.columns)]).copy_(values)
+        return whole
+
+
+def _sum_together(tensors: list[Tensor], axis: Axis) -> None:
+    """One all-reduce over the axis for all the tensors, in place."""
+    if tensors:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat, group=axis.group)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _accumulate(master: nn.Parameter, param: Tensor) -> None:

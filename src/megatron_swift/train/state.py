@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_swift.checkpoint.dcp import MegatronWeights, Piece, piece_of, save_pieces
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.checkpoint.weights import WeightSource
 from megatron_swift.parallel.mesh import Mesh
-from megatron_swift.parallel.shards import Shards
+from megatron_swift.parallel.shards import Box, Shard, Shards
 from megatron_swift.train.optim import Optimizer
 from megatron_swift.utils.errors import CheckpointError
 
@@ -38,12 +39,17 @@ class TrainState:
 
 
 def load_weights(shards: Shards, specs: dict[str, TensorSpec], source: WeightSource) -> None:
-    """Fill every local shard from a folder of weights; each rank reads only its own rows."""
+    """Fill every local shard from a folder of weights; each rank reads only its own part. Rows of padding are left alone."""
     with torch.no_grad():
         for shard in shards:
-            stop = shard.start + len(shard.master)
-            shard.master.copy_(source.read(specs[shard.name], shard.start, stop))
+            for box in shard.boxes:
+                values = source.read(specs[shard.name], *_rows(box), columns=box.columns)
+                shard.master[box.local : box.local + box.rows].copy_(values)
     shards.push()
+
+
+def _rows(box: Box) -> tuple[int, int]:
+    return box.start, box.start + box.rows
 
 
 def pieces(
@@ -52,16 +58,22 @@ def pieces(
     """What this rank writes: weights in `dtype` and, with an optimizer, its state and the masters where they say more than the weights."""
     found = []
     for shard in shards:
-        # Without FSDP the whole parameter is here, and there is one rank only.
-        spec, master = specs[shard.name], shard.master.detach()
-        found.append(piece_of(spec, master, shard.start, num_layers=num_layers, dtype=dtype))
-        if optimizer is None:
-            continue
-        if master.dtype != dtype:
-            found.append(piece_of(spec, master, shard.start, num_layers=num_layers, prefix=_MASTER))
-        for name in optimizer.names:
-            state = optimizer.state(shard, name)
-            found.append(piece_of(spec, state, shard.start, num_layers=num_layers, prefix=f"optimizer.state.{name}."))
+        spec = specs[shard.name]
+        kinds = [(shard.master.detach(), "", dtype)]
+        if optimizer is not None:
+            if shard.master.dtype != dtype:
+                kinds.append((shard.master.detach(), _MASTER, shard.master.dtype))
+            kinds += [(optimizer.state(shard, n), f"optimizer.state.{n}.", shard.master.dtype) for n in optimizer.names]
+        for box in shard.boxes:
+            if box.owned:
+                column = box.columns[0] if box.columns else 0
+                for tensor, prefix, stored in kinds:
+                    rows = tensor[box.local : box.local + box.rows]
+                    found.append(
+                        piece_of(
+                            spec, rows, box.start, num_layers=num_layers, column=column, dtype=stored, prefix=prefix
+                        )
+                    )
     return found
 
 
@@ -79,7 +91,7 @@ def write_state(
 ) -> None:
     """Write this rank's part of a checkpoint into a staging folder. dtype: of the weights. optimizer None leaves its state out."""
     mine = pieces(shards, specs, num_layers=num_layers, dtype=dtype, optimizer=optimizer)
-    save_pieces(folder, mine, distributed=mesh.dp is not None)
+    save_pieces(folder, mine, distributed=mesh.world_size > 1)
     if save_rng:
         (folder / _rng_file(mesh.rank)).write_text(json.dumps(_rng_state()), encoding="utf-8")
     if mesh.rank == 0:
@@ -109,12 +121,17 @@ def read_state(folder: Path) -> TrainState:
 def load_training_weights(shards: Shards, specs: dict[str, TensorSpec], source: MegatronWeights) -> None:
     """Like `load_weights`, from the float32 masters of a checkpoint where it has them."""
     masters = all(_MASTER + spec.megatron_key in source.files for spec in specs.values())
-    with torch.no_grad():
-        for shard in shards:
-            stop = shard.start + len(shard.master)
-            prefix = _MASTER if masters else ""
-            shard.master.copy_(source.read(specs[shard.name], shard.start, stop, prefix=prefix))
+    for shard in shards:
+        _load(shard.master, shard, specs[shard.name], source, _MASTER if masters else "")
     shards.push()
+
+
+def _load(tensor: Tensor, shard: Shard, spec: TensorSpec, source: MegatronWeights, prefix: str) -> None:
+    """Fill a tensor of a shard's shape from the checkpoint's tensor of the parameter's key behind `prefix`."""
+    with torch.no_grad():
+        for box in shard.boxes:
+            values = source.read(spec, *_rows(box), columns=box.columns, prefix=prefix)
+            tensor[box.local : box.local + box.rows].copy_(values)
 
 
 def load_optimizer(
@@ -129,11 +146,8 @@ def load_optimizer(
             do="give --no_load_optim true to start with a new one, or --finetune true to start a new training",
         )
     for shard in optimizer.shards:
-        if shard.master.numel():
-            for name in optimizer.names:
-                prefix = f"optimizer.state.{name}."
-                stop = shard.start + len(shard.master)
-                optimizer.state(shard, name).copy_(source.read(specs[shard.name], shard.start, stop, prefix=prefix))
+        for name in optimizer.names:
+            _load(optimizer.state(shard, name), shard, specs[shard.name], source, f"optimizer.state.{name}.")
     optimizer.set_num_steps(state.optimizer_steps)
 
 
