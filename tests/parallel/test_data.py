@@ -63,14 +63,14 @@ def samples_of_steps(num_micro: int = 12) -> list[list[list[Sample]]]:
     ]
 
 
-def by_hand(folder: Path, dtype: torch.dtype, steps: Sequence[Sequence[Sequence[Sample]]]) -> Result:
+def by_hand(folder: Path, dtype: torch.dtype, steps: Sequence[Sequence[Sequence[Sample]]], lr: float = LR) -> Result:
     """One process, sequence by sequence, whole logits, torch's own clip and AdamW: nothing of the engine or the optimizer."""
     model = load(folder, dtype)
     named = dict(model.named_parameters())
     groups = [[p for p in named.values() if (p.ndim > 1) == matrix] for matrix in (True, False)]
     optimizer = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
-        lr=LR,
+        lr=lr,
         betas=(0.9, 0.95),
         eps=1e-8,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_data import CLIP, LR, OPTIMIZER, Result, by_hand, compare, samples_of_steps
 
 from megatron_swift.data.loader import collate
 from megatron_swift.parallel import mesh as mesh_module
@@ -19,13 +20,12 @@ from megatron_swift.testing import make_tiny_model, run_ranks
 from megatron_swift.train.optim import Optimizer
 from megatron_swift.train.precision import LossScale
 from megatron_swift.train.step import train_step
-from test_data import CLIP, LR, OPTIMIZER, SAMPLES, Result, by_hand, compare
 from tiny_models import SMALL, make_engine
 
+SAMPLES = samples_of_steps(num_micro=4)
+LR32 = 3e-4  # Adam turns a rounding difference of a gradient near zero into up to its share of lr
 SP = {"sequence_parallel": True}
-ZERO0, ZERO2, ZERO3 = (
-    {"sharding": s} for s in (Sharding.NO_SHARD, Sharding.OPTIM_GRADS, Sharding.OPTIM_GRADS_PARAMS)
-)
+ZERO0, ZERO2, ZERO3 = ({"sharding": s} for s in (Sharding.NO_SHARD, Sharding.OPTIM_GRADS, Sharding.OPTIM_GRADS_PARAMS))
 RING, HEADS, VIRTUAL = {"context_kind": "p2p"}, {"context_kind": "a2a"}, {"chunks_per_rank": 2}
 CHUNKED, UNFUSED = {"chunked_cross_entropy": True}, {"attention_backend": "unfused"}
 
@@ -58,7 +58,7 @@ LAYOUTS = [
     (4, Sizes(cp=2), ZERO0),
     (2, Sizes(), ZERO0),
     (2, Sizes(), ZERO2),
-    (3, Sizes(), ZERO3),
+    (4, Sizes(), ZERO3),
     (1, Sizes(), full("uniform", 2)),
     (2, Sizes(), full("block", 2) | ZERO3),
     (2, Sizes(), UNFUSED | {"recompute": Recompute("selective")}),
@@ -84,7 +84,7 @@ def name(layout) -> str:
     return f"{ranks}-{axes or 'dp'}-{rest}"
 
 
-def on_layout(rank, folder, dtype, samples, sizes, options) -> Result:
+def on_layout(rank, folder, dtype, samples, sizes, options, lr=LR) -> Result:
     """Three steps of a run, with an evaluation before, between and after."""
     mesh = mesh_module.start(backend="gloo", timeout_minutes=1, sizes=sizes)
     engine = make_engine(folder, dtype, mesh, **options)
@@ -97,7 +97,7 @@ def on_layout(rank, folder, dtype, samples, sizes, options) -> Result:
     result = Result([], [], [engine.evaluate(batches(samples[0]))], {})
     for step in samples:
         scale = LossScale.for_dtype("float32")
-        report = train_step(engine, optimizer, batches(step), lr=LR, clip_grad=CLIP, loss_scale=scale)
+        report = train_step(engine, optimizer, batches(step), lr=lr, clip_grad=CLIP, loss_scale=scale)
         result.losses.append(report.loss)
         result.norms.append(report.grad_norm)
         engine.evaluate(batches(step))
@@ -128,12 +128,12 @@ def test_float64(folder, expected, layout):
 
 @pytest.fixture(scope="module")
 def expected32(folder):
-    return by_hand(folder, torch.float32, SAMPLES)
+    return by_hand(folder, torch.float32, SAMPLES, lr=LR32)
 
 
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x[0] <= 2 or x[0] == 8], ids=name)
 def test_float32(folder, expected32, layout):
     ranks, sizes, options = layout
-    result = run_ranks(on_layout, ranks, folder, torch.float32, SAMPLES, sizes, options)[0]
+    result = run_ranks(on_layout, ranks, folder, torch.float32, SAMPLES, sizes, options, LR32)[0]
     compare(result, expected32, 1e-5)
     assert all(np.isfinite(value).all() for value in result.params.values())
