@@ -162,7 +162,10 @@ def test_no_trained_token_left_is_an_error(tokenizer):
         ("ue", "reply of round 1 is empty"),
         ("ueua", "reply of round 1 is empty"),
         ("uxa", "unknown role 'robot'"),
-        ("uta", "'tool_call', which is not supported yet"),
+        ("uta", "message 2, a tool_call, has no name or no arguments"),
+        ("tua", "message 1 is a tool_call that answers no question"),
+        ("ura", "message 2 is a tool_response that follows no call"),
+        ("r", "message 1 is a tool_response that follows no call"),
     ],
 )
 def test_bad_conversations(tokenizer, roles, what):
@@ -173,6 +176,7 @@ def test_bad_conversations(tokenizer, roles, what):
         "e": Message("assistant", ""),
         "x": Message("robot", "?"),
         "t": Message("tool_call", "{}"),
+        "r": Message("tool_response", "42"),
     }
     messages = [turn[letter] for letter in roles]
     with pytest.raises(DataError, match=what):
@@ -241,7 +245,9 @@ def expected_text(template: Template, messages) -> str:
     text, rounds = template.prefix, len(messages) // 2
     for number in range(rounds):
         before, after = template.prompt.split("{query}")
-        text += before + messages[2 * number].content + after + messages[2 * number + 1].content
+        reply = messages[2 * number + 1].content
+        text += before + messages[2 * number].content + after
+        text += reply if reply.startswith("<think>") else template.empty_think + reply
         text += template.separator if number < rounds - 1 else template.suffix
     return text
 

@@ -103,7 +103,7 @@ def test_response_prefix_argument_replaces_the_templates(tokenizer):
 
 def test_prompt_is_the_beginning_of_the_training_sample(tokenizer):
     for name in TEMPLATES:
-        template = get_template(name, date=DATE)
+        template = replace(get_template(name, date=DATE), empty_think="")
         sample = encode(template, tokenizer, talk("a", "XY", "b", "ZW"))
         ids = encode_prompt(template, tokenizer, talk("a", "XY", "b"), response_prefix="")
         assert sample.ids[: len(ids)].tolist() == ids, name

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 SYSTEM, QUERY, BOS, AUTO_BOS, EOS, DATE = "{system}", "{query}", "{bos}", "{auto_bos}", "{eos}", "{date}"
-_PLACE = re.compile(r"(\{(?:system|query|bos|auto_bos|eos|date)\})")
+ENVIRONMENT = "{environment}"
+_PLACE = re.compile(r"(\{(?:system|query|bos|auto_bos|eos|date|environment)\})")
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,20 @@ class Template:
 
     Places in a text: {system} and {query} take the user's text; {bos} and {eos} are the tokenizer's token *ids*
     ({bos} is left out by a tokenizer that has none); {auto_bos} is {bos} where the tokenizer itself puts one in front
-    of a text; {date} is filled by `get_template`. Braces in the user's own text are never places.
+    of a text; {date} is filled by `get_template`; {environment} is what the agent template says where a conversation
+    has tools, otherwise nothing. Braces in the user's own text are never places.
 
     prefix           : what opens a conversation without a system prompt.
     system_prefix    : what opens one with it; None: the template has no place for a system prompt.
     stop_words       : texts on which generation stops besides the suffix and the tokenizer's end of sequence.
     response_prefix  : the text with which a reply is begun for the model at inference.
-    drop_thinking    : at inference an earlier reply is reduced to what follows its last `</think>`.
+    drop_thinking    : a reply to an earlier question is reduced to what follows its last `</think>`, wherever it is there
+                       to be read and not to be trained: in prompts, and in training under --loss_scale last_round.
     thinking_strip   : characters then stripped from the front of what is left.
+    empty_think      : what the model writes in place of a thinking part when it is told not to think: put in front of the
+                       replies to train on that do not begin with `<think>`, and not trained. "" for a model that cannot
+                       be told so.
+    agent_template   : the name, in `agent.AGENTS`, of how tools, calls and their responses are written.
     single_round     : only the last round of a conversation is used.
     """
 
@@ -42,6 +49,8 @@ class Template:
     response_prefix: str = ""
     drop_thinking: bool = False
     thinking_strip: str = "\n"
+    empty_think: str = ""
+    agent_template: str = "react_en"
     single_round: bool = False
 
     def __post_init__(self) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime
 import difflib
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
+from megatron_swift.data.agent import AGENTS
+from megatron_swift.data.jinja_template import jinja_template
+from megatron_swift.data.sandbox import MONTHS
 from megatron_swift.data.template import DATE, Template
+from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.utils.errors import UsageError
-
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 _LLAMA_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. "
@@ -32,7 +36,7 @@ _CHATML = Template(
 
 _LLAMA3_BOS = "<|begin_of_text|>"
 _LLAMA3_SYSTEM = _LLAMA3_BOS + "<|start_header_id|>system<|end_header_id|>\n\n"
-_LLAMA3_DATE = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
+_LLAMA3_DATE = "{environment}Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
 _LLAMA3 = Template(
     name="llama3",
     prefix=_LLAMA3_BOS,
@@ -42,25 +46,27 @@ _LLAMA3 = Template(
     ),
     separator="<|eot_id|>",
     suffix="<|eot_id|>",
+    agent_template="llama3",
 )
+_QWEN = replace(_CHATML, agent_template="hermes")
 
 _ALL = (
     _CHATML,
-    replace(_CHATML, name="qwen", default_system="You are a helpful assistant."),
+    replace(_QWEN, name="qwen", default_system="You are a helpful assistant."),
     replace(
-        _CHATML,
+        _QWEN,
         name="qwen2_5",
         default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     ),
     replace(
-        _CHATML,
+        _QWEN,
         name="qwen2_5_math",
         default_system="Please reason step by step, and put your final answer within \\boxed{}.",
     ),
-    replace(_CHATML, name="qwen3", drop_thinking=True),
-    replace(_CHATML, name="qwq", drop_thinking=True, response_prefix="<think>\n"),
+    replace(_QWEN, name="qwen3", drop_thinking=True, empty_think="<think>\n\n</think>\n\n"),
+    replace(_QWEN, name="qwq", drop_thinking=True, response_prefix="<think>\n"),
     replace(
-        _CHATML,
+        _QWEN,
         name="qwq_preview",
         default_system=(
             "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. "
@@ -118,23 +124,73 @@ _ALL = (
 TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}
 
 
-def get_template(name: str, *, date: datetime.date | None = None) -> Template:
+def load_template(
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    backend: Literal["swift", "jinja"] = "swift",
+    date: datetime.date | None = None,
+    enable_thinking: bool | None = None,
+    agent_template: str | None = None,
+    registered: Mapping[str, Template] | None = None,
+) -> Template:
+    """The template with the user's choices about it settled, for `encode`: what it says decides the tokens alone.
+
+    backend         : "jinja" takes the template in the model's own folder; `name` is then not used.
+    date            : as `get_template`.
+    enable_thinking : False: prompts open the reply with the empty thinking part. True: replies to train on get none.
+                      UsageError where the template has no such choice.
+    agent_template  : a name in AGENTS instead of the template's own.
+    registered      : the user's own templates.
+    """
+    if backend == "jinja":
+        if agent_template is not None:
+            raise UsageError(
+                f"--agent_template {agent_template} does not go with --template_backend jinja",
+                why="the model's own template writes tools and calls its own way",
+                do="leave one of them out",
+            )
+        return jinja_template(tokenizer, day=date or datetime.date.today(), enable_thinking=enable_thinking)
+    template = get_template(name, date=date, registered=registered)
+    if enable_thinking is not None:
+        if not template.empty_think:
+            switched = [one.name for one in TEMPLATES.values() if one.empty_think]
+            raise UsageError(
+                f"--enable_thinking: the template '{template.name}' has no such choice",
+                do=f"leave it out; templates that have it: {', '.join(switched)}",
+            )
+        template = (
+            replace(template, empty_think="")
+            if enable_thinking
+            else replace(template, response_prefix=template.empty_think)
+        )
+    return template if agent_template is None else replace(template, agent_template=agent_template)
+
+
+def get_template(
+    name: str, *, date: datetime.date | None = None, registered: Mapping[str, Template] | None = None
+) -> Template:
     """The template of that name, its {date} filled; UsageError names the nearest ones when there is none.
 
-    date : the day written into Llama 3.1's and 3.2's system block, today by default. Give one for reproducible data.
+    date       : the day written into Llama 3.1's and 3.2's system block, today by default. Give one for reproducible data.
+    registered : the user's own templates; they win over ours of the same name.
     """
-    template = TEMPLATES.get(name)
+    known = {**TEMPLATES, **(registered or {})}
+    template = known.get(name)
     if template is None:
-        near = difflib.get_close_matches(name, TEMPLATES, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"there is no template named '{name}'", do=f"{hint}templates: {', '.join(TEMPLATES)}")
-    if DATE not in template.prefix:
-        return template
+        raise UsageError(f"there is no template named '{name}'", do=f"{hint}templates: {', '.join(known)}")
+    if template.agent_template not in AGENTS:
+        raise UsageError(
+            f"the template '{name}' names the agent template '{template.agent_template}', which there is not",
+            do=f"agent templates: {', '.join(AGENTS)}",
+        )
     day = date or datetime.date.today()
-    text = f"{day.day:02d} {_MONTHS[day.month - 1]} {day.year}"  # strftime's %b would depend on the locale
-    assert template.system_prefix is not None
-    return replace(
-        template,
-        prefix=template.prefix.replace(DATE, text),
-        system_prefix=template.system_prefix.replace(DATE, text),
-    )
+    text = f"{day.day:02d} {MONTHS[day.month - 1]} {day.year}"  # strftime's %b would depend on the locale
+    filled = {
+        part: value.replace(DATE, text)
+        for part in ("prefix", "system_prefix", "prompt")
+        if (value := getattr(template, part)) is not None and DATE in value
+    }
+    return replace(template, **filled) if filled else template

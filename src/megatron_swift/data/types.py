@@ -18,8 +18,8 @@ class Message:
     role       : system, user, assistant, tool_call or tool_response.
     content    : of a tool_call, the call as JSON text {"name": ..., "arguments": {...}}; of a tool_response, what came back.
     train      : None follows the run's loss_scale; True or False overrides it for this assistant or tool_call turn.
-    loss_scale : the weight of this turn's tokens in the loss, None as the run's loss_scale says. 0 is not trained. Where
-                 `train` is False it has no say; where `train` is True, it is the weight (None: 1).
+    loss_scale : the weight of this turn's tokens in the loss, 0 for not trained; None: as the run's loss_scale weighs
+                 them. Where `train` is False it has no say.
     """
 
     role: str
