@@ -158,7 +158,7 @@ def trained(place):
     """A run of two ranks, by the launcher."""
     said = call(*SFT, "--model", "model", "--train_iters", "2", "--save", "good", cwd=place, NPROC_PER_NODE="2")
     assert said.code == 0, said.err
-    assert "FSDP2 over 2 ranks" in said.out and said.out.count("iteration        2/") == 1 and not said.blocks
+    assert "cpu x 2, backend gloo" in said.out and said.out.count("iteration        2/") == 1 and not said.blocks
     (run,) = (place / "good").iterdir()
     return run
 

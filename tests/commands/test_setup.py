@@ -90,7 +90,7 @@ def test_model_parameters_win(prepare, monkeypatch, caplog):
     setup = prepare("--rotary_base", "5000", "--norm_epsilon", "1e-5", "--untie_embeddings_and_output_weights", "true")
     assert (setup.model.rotary_base, setup.model.norm_epsilon, setup.model.tied_embeddings) == (5000, 1e-5, False)
     assert "model parameter rotary_base: 5000 instead of config.json's 10000.0" in caplog.text
-    assert caplog.text.count("model parameter") == 3
+    assert len({text for text in caplog.messages if text.startswith("model parameter")}) == 3
 
 
 def test_banner(prepare, capsys):
@@ -120,7 +120,7 @@ def test_banner(prepare, capsys):
         (
             ("--tensor_model_parallel_size", "2"),
             UsageError,
-            "--tensor_model_parallel_size 2: tensor parallelism is not built",
+            "1 processes cannot be split by tensor_model_parallel_size 2",
         ),
         (("--model", "/nowhere"), UsageError, "is not an existing folder"),
         (("--load", "/nowhere"), UsageError, "does not exist"),

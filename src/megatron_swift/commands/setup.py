@@ -97,8 +97,6 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         get_logger().info("from %s: %s", inherited.source, ", ".join(f"{k}={v!r}" for k, v in inherited.values.items()))
     args = inherited.args
     check_train(args, world_size=world_size(env), env=env)
-    if args.response_prefix is not None and "response_prefix" in args.given:
-        get_logger().warning("--response_prefix is not used in training: it is for `swift infer`, through args.json")
     load = Path(args.load) if args.load is not None and (Path(args.load) / TRACKER).is_file() else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(model_dir)
@@ -109,13 +107,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     model = override(described.config, args)
     check_lengths(args, max_position_embeddings=model.max_position_embeddings)
     dp_size = data_parallel_size(args, world_size=world_size(env))
-    shape = Shape(
-        num_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        ffn_hidden_size=model.ffn_hidden_size,
-    )
-    check_layout(args, shape, num_micro_batches=args.global_batch_size // (args.micro_batch_size * dp_size))
+    check_layout(args, _shape(model), num_micro_batches=args.global_batch_size // (args.micro_batch_size * dp_size))
     if tokenizer.vocab_size > model.vocab_size:
         raise UsageError(
             f"the tokenizer of {model_dir} has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}",
@@ -124,7 +116,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     prepared = prepare(data_options(args, described.template, model), tokenizer)
     iters = train_iters(args, len(prepared.train))
     check_schedule(args, train_iters=iters)
-    _check_evaluation(args, prepared)
+    _warn_of_unused(args, prepared)
     name = (args.model or str(model_dir)).rstrip("/").rsplit("/", 1)[-1]
     first_node = int(env.get("NODE_RANK") or 0) == 0
     run_dir = make_run_dir(args.save or f"megatron_output/{name}", add_version=args.add_version) if first_node else None
@@ -153,6 +145,15 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         )
     _print_banner(setup, described.reason, prepared, tokenizer)
     return setup
+
+
+def _shape(model: ModelConfig) -> Shape:
+    return Shape(
+        num_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        ffn_hidden_size=model.ffn_hidden_size,
+    )
 
 
 def find_model(model: str | None, load: Path | None, *, use_hf: bool, revision: str | None, token: str | None) -> Path:
@@ -248,7 +249,9 @@ def train_iters(args: TrainArguments, num_rows: int) -> int:
     return iters
 
 
-def _check_evaluation(args: TrainArguments, prepared: Prepared) -> None:
+def _warn_of_unused(args: TrainArguments, prepared: Prepared) -> None:
+    if args.response_prefix is not None and "response_prefix" in args.given:
+        get_logger().warning("--response_prefix is not used in training: it is for `swift infer`, through args.json")
     if prepared.val is None and args.eval_iters != 0 and args.given & {"eval_iters", "eval_interval"}:
         get_logger().warning(
             "there are no validation rows, so nothing is evaluated: give --val_dataset or --split_dataset_ratio"
