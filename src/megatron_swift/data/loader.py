@@ -39,15 +39,23 @@ def collate(
     tokens = np.full(used + padding, pad_id, np.int64)
     labels = np.full(used + padding, IGNORE, np.int64)
     positions = np.empty(used + padding, np.int64)
+    weighted = any(sample.weights is not None for sample in samples)
+    weights = np.zeros(used + padding, np.float32) if weighted else None
     start = 0
     for sample, length in zip(samples, padded, strict=True):
         stop = start + len(sample.ids)
         tokens[start:stop] = sample.ids
         labels[start : stop - 1] = sample.labels[1:]
+        if weights is not None:
+            weights[start : stop - 1] = 1.0 if sample.weights is None else sample.weights[1:]
         positions[start : start + length] = np.arange(length)
         start += length
     positions[used:] = np.arange(padding)
-    return Batch(tokens, labels, positions, (*padded, padding) if padding else tuple(padded), rows)
+    if weights is not None:
+        weights[labels == IGNORE] = 0.0
+    lengths = (*padded, padding) if padding else tuple(padded)
+    real = sum(len(sample.ids) for sample in samples)
+    return Batch(tokens, labels, positions, lengths, rows, weights, used + padding - real)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Batch(NamedTuple):
     rows      : the data set's row numbers that this batch holds (for messages about bad batches).
     weights   : float32 [T], the weight of the loss at each position, shifted as the labels are; 0 where the label is IGNORE.
                 None: every label weighs 1.
+    padding   : how many of the tokens are padding, in segments' ends and in the last segment.
     """
 
     tokens: np.ndarray
@@ -72,6 +73,7 @@ class Batch(NamedTuple):
     lengths: tuple[int, ...]
     rows: tuple[int, ...] = ()
     weights: np.ndarray | None = None
+    padding: int = 0
 
     @property
     def num_trained(self) -> int:

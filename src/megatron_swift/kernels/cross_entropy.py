@@ -14,12 +14,15 @@ CHUNK_TOKENS = 512  # logits of one chunk in float32: 512 x 151936 x 4 bytes = 3
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """scale * sum over tokens of -log softmax(hidden weight^T)[target], from whole logits; the plain twin.
+    """The sum over tokens of scale * -log softmax(hidden weight^T)[target], from whole logits; the plain twin.
 
-    hidden [N, H], weight [V, H], targets int64 [N], scale a scalar in the precision of the softmax (float32; float64 for float64).
+    hidden [N, H], weight [V, H], targets int64 [N]; scale one number, or one per token [N], in the precision of the softmax (float32;
+    float64 for float64).
     """
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale.ndim:
+        return (F.cross_entropy(logits, targets, reduction="none") * scale).sum()
     return F.cross_entropy(logits, targets, reduction="sum") * scale
 
 
@@ -95,20 +98,21 @@ class _Chunked(torch.autograd.Function):
                 mine = (target >= 0) & (target < shard.rows)
                 target = target.masked_fill(~mine, 0)
             log_sum, own = _log_sum_and_target(logits, target, mine, shard)
-            loss += (log_sum - own).sum()
+            factor = scale[rows] if scale.ndim else scale
+            loss += ((log_sum - own) * factor).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = softmax - one_hot. The scale goes in before the cast to 16 bits: fp16 would underflow without it.
             grad = logits.sub_(log_sum[:, None]).exp_()
             one = grad.new_full(target.shape, -1.0) if mine is None else -mine.to(exact)
-            grad = grad.scatter_add_(-1, target, one).mul_(scale).to(hidden.dtype)
+            grad = grad.scatter_add_(-1, target, one).mul_(factor[:, None] if scale.ndim else factor).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += torch.mm(grad.t(), hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        return loss * scale
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

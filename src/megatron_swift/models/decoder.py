@@ -40,6 +40,7 @@ class Row:
     segments: Segments
     index: Tensor
     targets: Tensor
+    weights: Tensor | None = None
 
 
 class Blocks(nn.Module):
@@ -119,6 +120,8 @@ class Decoder(nn.Module):
         x = self.hidden_states(row.tokens if hidden is None else hidden, row.positions, row.segments)
         if not self.last:
             return x
+        if row.weights is not None:
+            scale = scale * row.weights
         # Without any trained token this is a zero that still depends on all that ran: every rank must run the same backward.
         return self.loss_function(self.enter(x)[row.index], self.output_weight(), row.targets, scale)
 

@@ -29,7 +29,7 @@ TIED = "embedding.word_embeddings.weight"
 
 
 class Counts(NamedTuple):
-    """Sizes of a global batch. squares: the sum of squared segment lengths, for the attention's FLOPs."""
+    """Sizes of a global batch. tokens: real ones. squares: the sum of squared segment lengths, for the attention's FLOPs."""
 
     trained: int
     tokens: int
@@ -94,7 +94,7 @@ class Engine:
         """What the batches of all data-parallel ranks hold, by one all-reduce."""
         if not self.mesh.speaks_for_batch:
             batches = ()
-        trained, tokens = sum(b.num_trained for b in batches), sum(len(b.tokens) for b in batches)
+        trained, tokens = sum(b.num_trained for b in batches), sum(len(b.tokens) - b.padding for b in batches)
         squares = sum(n * n for b in batches for n in b.lengths)
         return Counts(*(int(n) for n in self.mesh.sum([trained, tokens, squares])))
 
@@ -152,16 +152,25 @@ class Engine:
     def _row(self, batch: Batch) -> Row:
         """A batch on the device; under context parallelism this rank's part of it. Labels were shifted before the cut."""
         device, cp = self.mesh.device, self.mesh.cp
-        tokens, positions, labels = batch.tokens, batch.positions, batch.labels
+        tokens, positions, labels, weights = batch.tokens, batch.positions, batch.labels, batch.weights
         if cp.size > 1:
             segments: Segments = context_segments(batch.lengths, cp=cp.size, device=device)
             mine = zigzag(batch.lengths, cp=cp.size, rank=cp.rank).numpy()
             tokens, positions, labels = tokens[mine], positions[mine], labels[mine]
+            weights = weights[mine] if weights is not None else None
         else:
             segments = Segments.of(batch.lengths, device)
         index = np.flatnonzero(labels != IGNORE)  # on the host: a mask on the device would cost a synchronisation
+        of_loss = None
+        if weights is not None:
+            of_loss = torch.from_numpy(weights[index]).to(device, self.exact_dtype, non_blocking=True)
         return Row(
-            _to(tokens, device), _to(positions, device), segments, _to(index, device), _to(labels[index], device)
+            _to(tokens, device),
+            _to(positions, device),
+            segments,
+            _to(index, device),
+            _to(labels[index], device),
+            of_loss,
         )
 
 
