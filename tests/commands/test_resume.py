@@ -45,6 +45,9 @@ MATRIX = [
     (1, "float16", ()),
     (2, "float32", ("--num_workers", "2", "--packing", "true")),
     (2, "bfloat16", ("--cross_entropy_loss_fusion", "true", "--micro_batch_size", "1")),
+    (2, "bfloat16", ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")),
+    (2, "float32", ("--pipeline_model_parallel_size", "2")),
+    (2, "float32", ("--context_parallel_size", "2", "--packing", "true")),
     (1, "float32", ("--optimizer", "sgd", "--lr", "1e-3", "--dataloader_type", "single", "--global_batch_size", "2")),
 ]
 
@@ -225,23 +228,21 @@ def files_of(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "args.json"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_exported_weights_are_the_same_everywhere(sft, place, dtype, tmp_path):
-    """The folder `hf` of a run on one or two ranks = what export makes of its checkpoint; both checkpoints hold the same bytes."""
-    made = []
-    for ranks in (1, 2):
-        flags = ("--train_iters", "2", "--save_safetensors", "true", "--lr", "1e-3")
-        run = sft(*flags, model=dtype, ranks=ranks, save=tmp_path / str(ranks))
-        out = tmp_path / f"out{ranks}"
-        argv = ["--mcore_model", str(run.run_dir), "--to_hf", "true", "--output_dir", str(out)]
-        export.run(parse(ExportArguments, argv))
-        made.append(files_of(iteration_folder(run.run_dir, 2) / "hf"))
-        assert made[-1] == files_of(out)
-        stored = json.loads((out / "args.json").read_text())
-        assert stored["torch_dtype"] == dtype and stored["template"] == "chatml"
-    companions = {name for name in made[0] if not name.endswith(".safetensors")}
-    assert {n: made[0][n] for n in companions} == {n: made[1][n] for n in companions}
-    assert {n: made[0][n] for n in companions} == {n: (place / dtype / n).read_bytes() for n in companions}
+LAYOUTS = [(1, ()), (2, ()), (2, ("--tensor_model_parallel_size", "2")), (2, ("--pipeline_model_parallel_size", "2"))]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=str)
+def test_exported_weights_are_the_same_everywhere(sft, place, ranks, layout, tmp_path):
+    """The folder `hf` of a run, in any layout, is byte for byte what export makes of its checkpoint."""
+    flags = ("--train_iters", "2", "--save_safetensors", "true", "--lr", "1e-3", *layout)
+    run = sft(*flags, model="bfloat16", ranks=ranks)
+    out = tmp_path / "hf"
+    export.run(parse(ExportArguments, ["--mcore_model", str(run.run_dir), "--to_hf", "true", "--output_dir", str(out)]))
+    made = files_of(iteration_folder(run.run_dir, 2) / "hf")
+    assert made == files_of(out) and made.pop("model.safetensors")
+    assert made == {name: (place / "bfloat16" / name).read_bytes() for name in made}  # tokenizer, config and so on
+    stored = json.loads((out / "args.json").read_text())
+    assert stored["torch_dtype"] == "bfloat16" and stored["template"] == "chatml"
 
 
 def test_same_save_folder_again(sft, tmp_path):
