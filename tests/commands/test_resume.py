@@ -44,9 +44,11 @@ MATRIX = [
     (1, "bfloat16", ("--packing", "true", "--num_workers", "2")),
     (1, "float16", ()),
     (2, "float32", ("--num_workers", "2", "--packing", "true")),
-    (2, "bfloat16", ("--cross_entropy_loss_fusion", "true", "--micro_batch_size", "1")),
+    pytest.param(
+        2, "bfloat16", ("--cross_entropy_loss_fusion", "true", "--micro_batch_size", "1"), marks=pytest.mark.slow
+    ),
     (2, "bfloat16", ("--tensor_model_parallel_size", "2", "--sequence_parallel", "true")),
-    (2, "float32", ("--pipeline_model_parallel_size", "2")),
+    pytest.param(2, "float32", ("--pipeline_model_parallel_size", "2"), marks=pytest.mark.slow),
     (2, "float32", ("--context_parallel_size", "2", "--packing", "true")),
     (1, "float32", ("--optimizer", "sgd", "--lr", "1e-3", "--dataloader_type", "single", "--global_batch_size", "2")),
 ]
