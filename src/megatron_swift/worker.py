@@ -45,8 +45,8 @@ def _die_with_launcher() -> None:
 def _leave(code: int) -> NoReturn:
     """End at once, without taking the interpreter down.
 
-    Meanwhile C++ threads of torch's may abort a rank that has done its work (seen: "terminate called without an active exception" in 6
-    of 15 runs on a loaded machine), and torchrun would end the others for it.
+    Meanwhile C++ code of torch's may abort a rank that has done its work, and torchrun then ends the others for it. Seen with gloo: no
+    Python frame left, "terminate called without an active exception", in 5 of 14 runs one after the other, and not again at will.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):  # nobody reads any more
