@@ -4,13 +4,14 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench clean help
+.PHONY: demo test test-slow check fuzz bench clean help
 
 help:
 	@echo "make demo       fine-tune a real 135M model on who it is, export it, and ask it"
 	@echo "make test       the tests (a few minutes on two cores)"
 	@echo "make test-slow  the tests marked slow too"
 	@echo "make check      ruff, mypy and the generated pages"
+	@echo "make fuzz       200 random parallel layouts against one process"
 	@echo "make bench      our training step beside transformers' own, on this machine"
 
 # torch is pinned and installed first: an open range may fetch another build of several GB.
@@ -42,6 +43,11 @@ check: $(VENV)/dev.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@$(BIN)/python -m megatron_swift.args.reference | cmp - docs/parameters.md || { echo "docs/parameters.md is stale: $(BIN)/python -m megatron_swift.args.reference > docs/parameters.md"; exit 1; }
+
+# FUZZ_SEED=<seed> repeats a run; without it a new seed is drawn and printed.
+fuzz: $(VENV)/dev.ready
+	@seed=$${FUZZ_SEED:-$$(date +%s)}; echo "FUZZ_SEED=$$seed"; \
+	FUZZ_SEED=$$seed FUZZ_DRAWS=$${FUZZ_DRAWS:-200} $(BIN)/python -m pytest tests/parallel/test_fuzz.py
 
 bench: $(VENV)/dev.ready
 	$(BIN)/python benchmarks/step.py

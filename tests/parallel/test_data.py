@@ -78,7 +78,8 @@ def by_hand(folder: Path, dtype: torch.dtype, steps: Sequence[Sequence[Sequence[
     def loss_sum(sample: Sample) -> torch.Tensor:
         ids, labels = (torch.from_numpy(x.astype(np.int64)) for x in sample[:2])
         hidden = model.hidden_states(ids, torch.arange(len(ids)), Segments.of([len(ids)], ids.device))
-        return F.cross_entropy(model.logits(hidden[:-1]), labels[1:], ignore_index=IGNORE, reduction="sum")
+        losses = F.cross_entropy(model.logits(hidden[:-1]), labels[1:], ignore_index=IGNORE, reduction="none")
+        return (losses if sample.weights is None else losses * torch.from_numpy(sample.weights[1:])).sum()
 
     def evaluate() -> tuple[float, int]:
         with torch.no_grad():
@@ -302,7 +303,7 @@ def test_against_transformers_and_torch(folder):
     found = on_ranks(2, folder, torch.float32, BATCHES, evaluate=False)
     for step, micros in enumerate(SAMPLES):
         losses = []
-        for ids, labels in (tuple(torch.from_numpy(x.astype(np.int64)) for x in s) for m in micros for s in m):
+        for ids, labels in (tuple(torch.from_numpy(x.astype(np.int64)) for x in s[:2]) for m in micros for s in m):
             losses.append(F.cross_entropy(model(ids[None]).logits[0, :-1], labels[1:], reduction="none"))
         losses = torch.cat(losses)
         loss = losses.sum() / (losses != 0).sum()

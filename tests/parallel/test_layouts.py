@@ -12,6 +12,7 @@ import torch
 from test_data import CLIP, LR, OPTIMIZER, Result, by_hand, compare, samples_of_steps
 
 from megatron_swift.data.loader import collate
+from megatron_swift.data.types import IGNORE
 from megatron_swift.parallel import mesh as mesh_module
 from megatron_swift.parallel.data import Sharding
 from megatron_swift.parallel.mesh import Sizes
@@ -84,10 +85,11 @@ def name(layout) -> str:
     return f"{ranks}-{axes or 'dp'}-{rest}"
 
 
-def on_layout(rank, folder, dtype, samples, sizes, options, lr=LR) -> Result:
+def on_layout(rank, folder, dtype, samples, sizes, options, lr=LR, tamper=lambda engine: None) -> Result:
     """Three steps of a run, with an evaluation before, between and after."""
     mesh = mesh_module.start(backend="gloo", timeout_minutes=1, sizes=sizes)
     engine = make_engine(folder, dtype, mesh, **options)
+    tamper(engine)
     optimizer = Optimizer(engine.shards, OPTIMIZER)
 
     def batches(step):
@@ -137,3 +139,36 @@ def test_float32(folder, expected32, layout):
     result = run_ranks(on_layout, ranks, folder, torch.float32, SAMPLES, sizes, options, LR32)[0]
     compare(result, expected32, 1e-5)
     assert all(np.isfinite(value).all() for value in result.params.values())
+
+
+def weighted(samples):
+    """Every other sample with a weight of 0.5 to 2 for each trained token."""
+    rng = np.random.default_rng(5)
+
+    def weigh(sample, number):
+        weights = rng.uniform(0.5, 2.0, len(sample.ids)).astype(np.float32)
+        return (
+            sample._replace(weights=np.where(sample.labels == IGNORE, 0, weights).astype(np.float32))
+            if number % 2
+            else sample
+        )
+
+    return [[[weigh(s, i) for i, s in enumerate(micro)] for micro in step] for step in samples]
+
+
+WEIGHTED = [
+    (1, Sizes(), CHUNKED),
+    (2, Sizes(), {}),
+    (2, Sizes(tp=2), SP | CHUNKED),
+    (2, Sizes(tp=2), {}),
+    (2, Sizes(pp=2), {}),
+    (2, Sizes(cp=2), {}),
+]
+
+
+@pytest.mark.parametrize("layout", WEIGHTED, ids=name)
+def test_weights_of_the_loss(folder, layout):
+    ranks, sizes, options = layout
+    samples = weighted(SAMPLES)
+    for result in run_ranks(on_layout, ranks, folder, torch.float64, samples, sizes, options):
+        compare(result, by_hand(folder, torch.float64, samples), 1e-10)
