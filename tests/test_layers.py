@@ -28,6 +28,8 @@ HEIGHT = {package: -row for row, packages in enumerate(ROWS) for package in pack
 THIRD_PARTY = (
     ("data.loader", {"numpy", "torch"}),
     ("data.tokenizer", {"tokenizers", "jinja2", "transformers"}),
+    ("data.hub", {"huggingface_hub", "modelscope", "yaml"}),
+    ("data.readers", {"numpy", "pyarrow"}),
     ("data", {"numpy", "tokenizers", "jinja2"}),
     ("args", {"yaml"}),
     ("utils", {"huggingface_hub", "modelscope"}),
@@ -45,7 +47,7 @@ THIRD_PARTY = (
     ("launch", {"torch"}),
 )
 # Optional, or slow to import: only inside the function that needs them.
-LAZY = {"transformers", "yaml", "huggingface_hub", "modelscope", "matplotlib"}
+LAZY = {"transformers", "yaml", "huggingface_hub", "modelscope", "matplotlib", "pyarrow"}
 DISTRIBUTED = ("parallel", "checkpoint", "launch")
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from tiny_tokenizer import write_tokenizer
 
-from megatron_swift.data.prepare import DataOptions, Prepared, map_in_order, open_prepared, prepare, sample, split
+from megatron_swift.data.interleave import sample, split
+from megatron_swift.data.prepare import DataOptions, Prepared, open_prepared, prepare
 from megatron_swift.data.report import Report
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import IGNORE
+from megatron_swift.data.workers import map_in_order
 from megatron_swift.utils.errors import DataError, UsageError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -16,13 +16,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from megatron_swift.data.types import Sample
+from megatron_swift.data.types import IGNORE, Sample
 from megatron_swift.utils.errors import StorageError
 from megatron_swift.utils.log import get_logger
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
 DTYPES = {"ids": "<i4", "labels": "<i4", "offsets": "<i8", "trained": "<i4", "packs": "<i8", "members": "<i8"}
+WEIGHTS, WEIGHTS_DTYPE = "weights", "<f4"  # one more array, where some sample has weights
 BLOCK = 1 << 24
 
 
@@ -45,6 +46,8 @@ class PackedRows:
         arrays = {name: self._map(name, dtype) for name, dtype in DTYPES.items()}
         self._ids, self._labels, self._offsets = arrays["ids"], arrays["labels"], arrays["offsets"]
         self._trained, self._packs, self._members = arrays["trained"], arrays["packs"], arrays["members"]
+        weighted = WEIGHTS in self.meta["arrays"]
+        self._weights = self._map(WEIGHTS, WEIGHTS_DTYPE) if weighted else None
         self.num_tokens: int = self.meta["num_tokens"]
         self.num_trained: int = self.meta["num_trained"]
 
@@ -73,7 +76,8 @@ class PackedRows:
         samples = []
         for member in self._members[self._packs[index] : self._packs[index + 1]]:
             cut = slice(int(self._offsets[member]), int(self._offsets[member + 1]))
-            samples.append(Sample(self._ids[cut], self._labels[cut]))
+            weights = self._weights[cut] if self._weights is not None else None
+            samples.append(Sample(self._ids[cut], self._labels[cut], weights))
         return samples
 
     @property
@@ -93,9 +97,12 @@ class RowWriter:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
-        self._files: dict[str, BinaryIO] = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
+        self._files: dict[str, BinaryIO] = {name: self._open(name) for name in DTYPES}
         self._lengths: list[np.ndarray] = []
         self._trained: list[np.ndarray] = []
+
+    def _open(self, name: str) -> BinaryIO:
+        return (self.folder / f"{name}.bin").open("wb")
 
     def __enter__(self) -> RowWriter:
         return self
@@ -104,12 +111,36 @@ class RowWriter:
         for file in self._files.values():
             file.close()
 
-    def add(self, *, ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, trained: np.ndarray) -> None:
-        """Append samples. ids, labels : [sum of lengths]; lengths, trained (trained tokens) : [samples]."""
+    def add(
+        self,
+        *,
+        ids: np.ndarray,
+        labels: np.ndarray,
+        lengths: np.ndarray,
+        trained: np.ndarray,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        """Append samples.
+
+        ids, labels, weights : [sum of lengths]; weights None is 1 where trained and 0 elsewhere.
+        lengths, trained     : [samples], tokens and trained tokens of each.
+        """
+        if weights is not None and WEIGHTS not in self._files:
+            self._files[WEIGHTS] = self._open(WEIGHTS)
+            self._weigh_alike()
         self._write("ids", ids)
         self._write("labels", labels)
+        if WEIGHTS in self._files:
+            self._write(WEIGHTS, labels != IGNORE if weights is None else weights)
         self._lengths.append(lengths)
         self._trained.append(trained)
+
+    def _weigh_alike(self) -> None:
+        """Write the weights of the samples so far, which have none of their own."""
+        self._files["labels"].flush()
+        with (self.folder / "labels.bin").open("rb") as file:
+            while block := file.read(BLOCK):
+                self._write(WEIGHTS, np.frombuffer(block, DTYPES["labels"]) != IGNORE)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -146,7 +177,8 @@ class RowWriter:
         write_checked(self.folder / META, meta)
 
     def _write(self, name: str, values: np.ndarray) -> None:
-        self._files[name].write(np.ascontiguousarray(values, DTYPES[name]).data)
+        dtype = WEIGHTS_DTYPE if name == WEIGHTS else DTYPES[name]
+        self._files[name].write(np.ascontiguousarray(values, dtype).data)
 
 
 def write_checked(path: Path, value: Any) -> None:

@@ -1,15 +1,16 @@
-"""One row of a data set to a conversation: `to_messages` and the reasons why a row cannot be used."""
+"""One row of a data set to a conversation: `to_conversation` and the reasons why a row cannot be used."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from megatron_swift.data.types import Message
+from megatron_swift.data.types import Conversation, Message
 
 
 class RowError(Exception):
@@ -17,11 +18,12 @@ class RowError(Exception):
 
     kind   : the reason in a few words, the same for all such rows, so that rows can be counted per reason.
     detail : what is special about this row, or "".
+    do     : how to mend it.
     """
 
-    def __init__(self, kind: str, detail: str = "") -> None:
+    def __init__(self, kind: str, detail: str = "", *, do: str = "mend or remove the row") -> None:
         super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
+        self.kind, self.detail, self.do = kind, detail, do
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
@@ -42,6 +44,7 @@ ROLES = {
     "observation": "tool_response",
     "observations": "tool_response",
 }
+TRAINABLE = ("assistant", "tool_call")
 MESSAGES_COLUMNS = ("messages", "conversation", "conversations")
 QUERY_COLUMNS = ("query", "prompt", "input", "instruction", "question", "problem")
 RESPONSE_COLUMNS = (
@@ -49,7 +52,8 @@ RESPONSE_COLUMNS = (
     *("text", "completion", "content"),
 )
 SYSTEM_COLUMNS = ("system", "system_prompt")
-UNSUPPORTED_COLUMNS = ("images", "image", "videos", "video", "audios", "audio", "tools")
+UNSUPPORTED_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+DEEPEST_TOOL = 64  # levels of nesting in the description of a tool
 
 
 class _Plan(NamedTuple):
@@ -61,24 +65,25 @@ class _Plan(NamedTuple):
     response: str = ""
     system: str = ""
     history: str = ""
+    tools: str = ""
     unsupported: tuple[str, ...] = ()
     error: tuple[str, str] | None = None
 
 
-def to_messages(row: Mapping[str, Any], *, columns: tuple[tuple[str, str], ...] = ()) -> list[Message]:
-    """The row's conversation: at least one assistant turn, a system message only in front, no two user turns in a row.
+def to_conversation(row: Mapping[str, Any], *, columns: tuple[tuple[str, str], ...] = ()) -> Conversation:
+    """The row's conversation: at least one reply, a system message only in front, no two user turns in a row.
 
     columns : (column in the data, name that we know) pairs of the user, matched without regard to case.
     Forms, by column names: messages (or conversations), else instruction + input (Alpaca), else query and response
-    with their aliases; a row with a text column only is an assistant turn to pre-train on. RowError says why a row is
-    unusable.
+    with their aliases; a row with a text column only is an assistant turn to pre-train on. A tools column goes with each
+    form. RowError says why a row is unusable.
     """
     plan = _plan(tuple(row), columns)
     if plan.error:
         raise RowError(*plan.error)
     for name in plan.unsupported:
         if row[name]:
-            raise RowError(f"column {name!r} is not supported", "this product trains on text without tool schemas")
+            raise RowError(f"column {name!r} is not supported", "this product trains on text", do="remove such rows")
     if plan.messages:
         messages = _from_messages(row[plan.messages], plan.messages)
     else:
@@ -87,7 +92,15 @@ def to_messages(row: Mapping[str, Any], *, columns: tuple[tuple[str, str], ...] 
     if system and messages and messages[0].role != "system":
         messages.insert(0, Message("system", system))
     _check(messages)
-    return messages
+    return Conversation(messages, _tools(row[plan.tools], plan.tools) if plan.tools else ())
+
+
+def to_messages(row: Mapping[str, Any], *, columns: tuple[tuple[str, str], ...] = ()) -> list[Message]:
+    """The messages of `to_conversation`, for who has no use for tools: a row with tools is a RowError, too."""
+    conversation = to_conversation(row, columns=columns)
+    if conversation.tools:
+        raise RowError("column 'tools' is not supported", "tools have no place here")
+    return list(conversation.messages)
 
 
 @lru_cache(maxsize=1024)
@@ -109,7 +122,7 @@ def _plan(names: tuple[str, ...], columns: tuple[tuple[str, str], ...]) -> _Plan
         system = _pick(known, SYSTEM_COLUMNS)
         messages = _pick(known, MESSAGES_COLUMNS)
         if messages:
-            return _Plan(messages=messages, system=system, unsupported=unsupported)
+            return _Plan(messages=messages, system=system, tools=known.get("tools", ""), unsupported=unsupported)
         alpaca = "instruction" in known and "input" in known
         query = known["input"] if alpaca else _pick(known, QUERY_COLUMNS)
         # vicgalle/alpaca-gpt4 has both output and text (the whole prompt): in Alpaca's form, output is the response.
@@ -124,6 +137,7 @@ def _plan(names: tuple[str, ...], columns: tuple[tuple[str, str], ...]) -> _Plan
         response=response,
         system=system,
         history=known.get("history", ""),
+        tools=known.get("tools", ""),
         unsupported=unsupported,
     )
 
@@ -159,6 +173,8 @@ def _choose(values: list, name: str) -> Any:
     """One of several responses, by a hash of them: the choice depends on the row alone and survives a restart."""
     if not values:
         raise RowError("empty response", f"{name!r} is an empty list")
+    if not all(isinstance(value, str) for value in values):
+        raise RowError("content is not text", f"{name} is a list of other things than texts")
     digest = hashlib.blake2b(repr(values).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return values[int.from_bytes(digest, "little") % len(values)]
 
@@ -168,20 +184,41 @@ def _from_messages(value: Any, name: str) -> list[Message]:
     for number, item in enumerate(_list(value, name)):
         if not isinstance(item, dict):
             raise RowError("malformed message", f"message {number} is {_kind(item)}, not an object")
-        role = item.get("role", item.get("from"))
+        role = item.get("role")
+        role = item.get("from") if role is None else role  # a Parquet row has every key, some of them null
         if role is None:
             messages += _pair(item, number)
             continue
-        content = item["content"] if "content" in item else item.get("value")
         if not isinstance(role, str) or role.lower() not in ROLES:
-            raise RowError("unknown role", f"{role!r} in message {number}")
+            shown = role if isinstance(role, str) else _kind(role)
+            raise RowError("unknown role", f"{shown!r} in message {number}", do=f"roles: {', '.join(ROLES)}")
         if item.get("tool_calls"):
-            raise RowError("tool_calls is not supported", "write a message of role tool_call instead")
-        train = item.get("loss")
-        if train is not None and not isinstance(train, bool):
-            raise RowError("malformed message", f"loss of message {number} must be true or false")
-        messages.append(Message(ROLES[role.lower()], _text(content, f"message {number}"), train))
+            raise RowError("tool_calls is not supported", do="write a message of role tool_call instead")
+        role = ROLES[role.lower()]
+        content = item.get("content")
+        text = _text(item.get("value") if content is None else content, f"message {number}")
+        train, scale = item.get("loss"), item.get("loss_scale")
+        if train is None and scale is None:
+            messages.append(Message(role, text))
+        else:
+            messages.append(Message(role, text, *_weight(train, scale, role, number)))
     return messages
+
+
+def _weight(train: Any, scale: Any, role: str, number: int) -> tuple[bool | None, float | None]:
+    """`loss` and `loss_scale` of a message, checked."""
+    if train is not None and not isinstance(train, bool):
+        raise RowError("malformed message", f"loss of message {number} must be true or false")
+    if scale is not None:
+        numeric = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not numeric or not 0 <= scale < math.inf:
+            raise RowError("malformed message", f"loss_scale of message {number} must be a number, at least 0")
+        scale = float(scale)
+    if role not in TRAINABLE and (train or scale):
+        raise RowError("malformed message", f"loss of message {number}, of role {role}: only replies are trained so")
+    if scale is not None and train is not None and train != (scale > 0):
+        raise RowError("malformed message", f"loss and loss_scale of message {number} contradict each other")
+    return train, scale
 
 
 def _pair(item: dict, number: int) -> list[Message]:
@@ -190,6 +227,43 @@ def _pair(item: dict, number: int) -> list[Message]:
     if "user" not in sides or "assistant" not in sides:
         raise RowError("malformed message", f"message {number} has no role")
     return [Message(role, _text(item[sides[role]], f"message {number}")) for role in ("user", "assistant")]
+
+
+def _tools(value: Any, name: str) -> tuple[str, ...]:
+    """The tools as JSON texts; each may be given as an object or as JSON text, and the list as JSON text, too."""
+    if not value:
+        return ()
+    tools = []
+    for number, tool in enumerate(_list(value, name)):
+        what = f"tool {number}"
+        if isinstance(tool, str):
+            text = _text(tool, what)
+            try:
+                tool = json.loads(text)
+            except (ValueError, RecursionError):
+                raise RowError("malformed tools", f"{what} is text that is no JSON") from None
+        else:
+            text = ""
+        if not isinstance(tool, dict):
+            raise RowError("malformed tools", f"{what} is {_kind(tool)}, not an object")
+        if _depth(tool) > DEEPEST_TOOL:
+            raise RowError("malformed tools", f"{what} is nested deeper than {DEEPEST_TOOL} levels")
+        try:
+            text = text or json.dumps(tool, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RowError("malformed tools", f"{what}: {error}") from None
+        tools.append(_text(text, what))
+    return tuple(tools)
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting of lists and objects, counted as far as DEEPEST_TOOL + 1."""
+    depth, level = 0, [value]
+    while level and depth <= DEEPEST_TOOL:
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [inner for inner in level if isinstance(inner, (dict, list))]
+        depth += 1
+    return depth
 
 
 def _list(value: Any, name: str) -> list:
@@ -242,7 +316,7 @@ def _check(messages: list[Message]) -> None:
             raise RowError("system message is not the first", f"message {number}")
         if message.role == "user" and previous == "user":
             raise RowError("two user turns in a row", f"message {number}")
-        if message.role in ("assistant", "tool_call"):
+        if message.role in TRAINABLE:
             learnable = True
             if not message.content.strip():
                 raise RowError("empty response", f"message {number}")

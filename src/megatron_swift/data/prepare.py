@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,22 +25,25 @@ from megatron_swift.data.cache import (
     write_checked,
 )
 from megatron_swift.data.encode import LossScale, OverLength, Truncation, encode_many
-from megatron_swift.data.messages import RowError, to_messages
+from megatron_swift.data.interleave import StoppingStrategy, check_probabilities, interleave, sample, split
+from megatron_swift.data.messages import RowError, to_conversation
 from megatron_swift.data.packing import pack
+from megatron_swift.data.readers import Stamp, changed
 from megatron_swift.data.registry import Identity
 from megatron_swift.data.report import Part, Report
-from megatron_swift.data.sources import Source, Table, find_source, hash_files
+from megatron_swift.data.sources import UNWANTED, Source, Table, find_source, hash_files, make_lookup
 from megatron_swift.data.template import Template
 from megatron_swift.data.templates import get_template
 from megatron_swift.data.tokenizer import Tokenizer
-from megatron_swift.data.types import IGNORE, Message, Sample
+from megatron_swift.data.types import IGNORE, Conversation, Sample
+from megatron_swift.data.workers import map_in_order
 from megatron_swift.utils.errors import DataError, UsageError
 from megatron_swift.utils.log import get_logger
 
-CODE_VERSION = 1  # raise it when the same input gives other rows: old caches are then not used
+CODE_VERSION = 2  # raise it when the same input gives other rows: old caches are then not used
 CHUNK = 1000  # rows encoded at a time
 OUTCOME = "outcome.json"
-SKIP_HINT = "mend the row, or leave out --strict to skip such rows and count them"
+SKIP_HINT = "use --strict false to leave such rows out and count them"
 OVER_LENGTH = "longer than max_length"
 
 Index = np.ndarray  # int64 [rows]: numbers of rows, counted through all tables
@@ -55,7 +54,7 @@ class DataOptions:
     """What to prepare and how. The user's names; see the parameter list for their meaning.
 
     columns      : the data's column name -> the name we know.
-    template     : a name for `get_template`.
+    template     : a name for `get_template`, or the template.
     system       : the run's system prompt; None is the template's default, "" is none.
     truncation   : what happens to a row longer than max_length.
     strict       : True: the first malformed row is an error; False: such rows are left out and counted.
@@ -70,11 +69,18 @@ class DataOptions:
     data_seed: int = 42
     dataset_shuffle: bool = True
     val_dataset_shuffle: bool = False
+    interleave_prob: tuple[float, ...] | None = None
+    stopping_strategy: StoppingStrategy = "first_exhausted"
+    use_hf: bool = False
+    hub_token: str | None = field(default=None, repr=False)
+    download_mode: str = "reuse_dataset_if_exists"
+    custom_dataset_info: tuple[str, ...] = ()
+    custom_register_path: tuple[str, ...] = ()
     strict: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     model_name: tuple[str, ...] = ()
     model_author: tuple[str, ...] = ()
-    template: str = "chatml"
+    template: str | Template = "chatml"
     system: str | None = None
     max_length: int | None = None
     truncation: Truncation = "delete"
@@ -112,21 +118,29 @@ def prepare(options: DataOptions, tokenizer: Tokenizer) -> Prepared:
     that cannot work.
     """
     _check_options(options)
-    template = get_template(options.template)
-    sources = [find_source(value) for value in options.dataset]
-    val_sources = [find_source(value) for value in options.val_dataset]
+    template = get_template(options.template) if isinstance(options.template, str) else options.template
+    lookup = make_lookup(
+        use_hf=options.use_hf,
+        hub_token=options.hub_token,
+        download_mode=options.download_mode,
+        custom_dataset_info=options.custom_dataset_info,
+        custom_register_path=options.custom_register_path,
+    )
+    sources = [find_source(value, lookup=lookup) for value in options.dataset]
+    val_sources = [find_source(value, lookup=lookup, flag="--val_dataset") for value in options.val_dataset]
     if any(source.needs_identity for source in (*sources, *val_sources)):
         for flag, values in (("model_name", options.model_name), ("model_author", options.model_author)):
             if not values:
                 get_logger().warning("--%s is not given: its place in the self-cognition rows stays as it is", flag)
+    stamps = {path: Stamp.of(path) for source in (*sources, *val_sources) for path in source.paths}
     key = _cache_key(options, tokenizer, template, sources, val_sources)
-    builder = _Builder(options, tokenizer, template, sources, val_sources)
+    builder = _Builder(options, tokenizer, template, sources, val_sources, stamps)
     entry = build_once(
         options.cache_dir or default_cache_dir(),
         key,
         build=builder.build,
         check=_check_entry,
-        use_cache=options.use_cache,
+        use_cache=options.use_cache and options.download_mode == "reuse_dataset_if_exists",
     )
     return open_prepared(entry.folder)
 
@@ -158,6 +172,8 @@ def _check_options(options: DataOptions) -> None:
         raise UsageError("--packing needs --max_length", why="it is the length of a pack")
     if options.dataset_num_proc < 1:
         raise UsageError(f"--dataset_num_proc {options.dataset_num_proc} must be at least 1")
+    if options.interleave_prob is not None:
+        check_probabilities(options.interleave_prob, len(options.dataset))
 
 
 def _cache_key(
@@ -170,9 +186,11 @@ def _cache_key(
     """A hash of all that decides the rows."""
 
     def describe(source: Source) -> list[Any]:
-        registered = source.registered.ids[0] if source.registered else ""
-        kinds = [path.suffix.lower() for path in source.paths]
-        return [hash_files(source.paths), kinds, registered, source.request.subsets, source.request.limit]
+        entry = source.registered
+        place = {path: number for number, path in enumerate(source.paths)}
+        parts = [(place[path], path.suffix.lower(), subset.name) for path, subset in source.parts]
+        fixups = [entry.names[0], entry.fingerprint] if entry else []
+        return [hash_files(source.paths), parts, fixups, source.request.limit]
 
     parts = {
         "code": CODE_VERSION,
@@ -184,7 +202,8 @@ def _cache_key(
             name: getattr(options, name)
             for name in (
                 *("split_dataset_ratio", "data_seed", "dataset_shuffle", "val_dataset_shuffle", "strict", "model_name"),
-                *("model_author", "system", "max_length", "truncation", "loss_scale", "packing"),
+                *("model_author", "system", "max_length", "truncation", "loss_scale", "packing", "interleave_prob"),
+                "stopping_strategy",
             )
         },
         "columns": sorted(options.columns.items()),
@@ -204,9 +223,9 @@ class _Rows:
         at = int(np.searchsorted(self.starts, number, side="right")) - 1
         return self.tables[at], number - int(self.starts[at])
 
-    def messages(self, number: int) -> list[Message]:
+    def read(self, number: int) -> Conversation:
         table, index = self._find(number)
-        return to_messages(table.read(index), columns=self.columns)
+        return to_conversation(table.read(index), columns=self.columns)
 
     def where(self, number: int) -> str:
         table, index = self._find(number)
@@ -214,19 +233,21 @@ class _Rows:
 
 
 class _Fault(NamedTuple):
-    """A row that cannot be used: its number, the reason to count it by and the reason in full."""
+    """A row that cannot be used: its number, the reason to count it by, the reason in full, and how to mend it."""
 
     number: int
     kind: str
     text: str
+    do: str
 
 
 class _Encoded(NamedTuple):
-    """The samples of a chunk one after another, the numbers of their rows, and the rows that gave none."""
+    """The samples of a chunk one after another, the number of each one's row, and the rows that gave none."""
 
     numbers: Index
     ids: np.ndarray
     labels: np.ndarray
+    weights: np.ndarray | None
     lengths: np.ndarray
     trained: np.ndarray
     faults: list[_Fault]
@@ -237,30 +258,32 @@ def _find_faults(rows: _Rows, numbers: Index) -> list[_Fault]:
     faults = []
     for number in numbers.tolist():
         try:
-            rows.messages(number)
+            rows.read(number)
         except RowError as error:
-            faults.append(_Fault(number, error.kind, str(error)))
+            faults.append(_Fault(number, error.kind, str(error), error.do))
     return faults
 
 
-def _encode_chunk(rows: _Rows, encode: Callable[[list[list[Message]]], list[Any]], numbers: Index) -> _Encoded:
-    outcomes = encode([rows.messages(number) for number in numbers.tolist()])
+def _encode_chunk(rows: _Rows, encode: Callable[[list[Conversation]], list[Any]], numbers: Index) -> _Encoded:
+    outcomes = encode([rows.read(number) for number in numbers.tolist()])
     faults: list[_Fault] = []
     kept: list[int] = []
     samples: list[Sample] = []
     for number, outcome in zip(numbers.tolist(), outcomes, strict=True):
-        if isinstance(outcome, OverLength):
-            faults.append(_Fault(number, OVER_LENGTH, outcome.what))
-        elif isinstance(outcome, DataError):
-            faults.append(_Fault(number, re.sub(r"\d+", "N", outcome.what), outcome.what))
+        if isinstance(outcome, DataError):
+            kind = OVER_LENGTH if isinstance(outcome, OverLength) else re.sub(r"\d+", "N", outcome.what)
+            faults.append(_Fault(number, kind, outcome.what, outcome.do))
         else:
             kept += [number] * len(outcome)
             samples += outcome
     lengths = np.array([len(sample.ids) for sample in samples], np.int64)
     ids = np.concatenate([np.zeros(0, np.int32), *(sample.ids for sample in samples)])
     labels = np.concatenate([np.zeros(0, np.int32), *(sample.labels for sample in samples)])
+    weights = None
+    if any(sample.weights is not None for sample in samples):
+        weights = np.concatenate([one.labels != IGNORE if one.weights is None else one.weights for one in samples])
     ends = np.concatenate([[0], np.cumsum(labels != IGNORE)])[np.concatenate([[0], np.cumsum(lengths)])]
-    return _Encoded(np.array(kept, np.int64), ids, labels, lengths, np.diff(ends), faults)
+    return _Encoded(np.array(kept, np.int64), ids, labels, weights, lengths, np.diff(ends), faults)
 
 
 class _Builder:
@@ -273,8 +296,9 @@ class _Builder:
         template: Template,
         sources: Sequence[Source],
         val_sources: Sequence[Source],
+        stamps: Mapping[Path, Stamp],
     ) -> None:
-        self.options, self.sources, self.val_sources = options, sources, val_sources
+        self.options, self.sources, self.val_sources, self.stamps = options, sources, val_sources, stamps
         self.report = Report()
         self.encode = partial(
             encode_many,
@@ -290,6 +314,9 @@ class _Builder:
         options, report = self.options, self.report
         identity = Identity(options.model_name, options.model_author)
         tables = [Table(source, identity=identity) for source in (*self.sources, *self.val_sources)]
+        for file in (file for table in tables for file in table.files):
+            if file.stamp != self.stamps[file.path]:  # since its hash was taken
+                raise changed(file.path)
         self.rows = _Rows(tables, options.columns)
         usable = self._usable_rows()
         train, val = self._choose(usable)
@@ -318,10 +345,15 @@ class _Builder:
 
     def _as_json(self, number: int) -> dict[str, Any]:
         turns = []
-        for message in self.rows.messages(number):
+        row = self.rows.read(number)
+        for message in row.messages:
             turn: dict[str, Any] = {"role": message.role, "content": message.content}
-            turns.append(turn if message.train is None else {**turn, "loss": message.train})
-        return {"messages": turns}
+            if message.train is not None:
+                turn["loss"] = message.train
+            if message.loss_scale is not None:
+                turn["loss_scale"] = message.loss_scale
+            turns.append(turn)
+        return {"messages": turns, **({"tools": list(row.tools)} if row.tools else {})}
 
     def _usable_rows(self) -> list[Index]:
         """The rows of each table that are not malformed, in the files' order."""
@@ -337,17 +369,21 @@ class _Builder:
             usable.append(start + np.flatnonzero(good[start:stop]))
             if not len(usable[-1]):
                 why = self.report.reasons() if stop > start else "it is empty"
-                raise DataError(f"--dataset {value} has no usable row", why=why)
+                files = ", ".join(str(path) for path in table.source.paths[:3])
+                flag = "--val_dataset" if len(usable) > len(self.sources) else "--dataset"
+                raise DataError(f"{flag} {value} has no usable row", why=why, do=f"look into {files}")
         return usable
 
     def _count(self, faults: list[_Fault]) -> None:
         """Count what is left out, or raise for the first of them where the options say so."""
         for fault in faults:
             text = f"{self.rows.where(fault.number)}: {fault.text}"
-            if fault.kind != OVER_LENGTH and self.options.strict:
-                raise DataError(text, do=SKIP_HINT)
-            if fault.kind == OVER_LENGTH and self.options.truncation == "raise":
-                raise DataError(text, do="raise --max_length, or set --truncation_strategy to delete, left or right")
+            if fault.kind == OVER_LENGTH:
+                if self.options.truncation == "raise":
+                    do = "raise --max_length, or set --truncation_strategy to delete, left, right or split"
+                    raise DataError(text, do=do)
+            elif self.options.strict and fault.kind != UNWANTED:
+                raise DataError(text, do=f"{fault.do}; or {SKIP_HINT}" if fault.do else SKIP_HINT)
             self.report.leave_out(fault.kind, text)
 
     def _choose(self, usable: list[Index]) -> tuple[Index, Index]:
@@ -364,10 +400,25 @@ class _Builder:
             val.append(held_out)
         for source, rows in zip(self.val_sources, usable[len(self.sources) :], strict=True):
             val.append(sample(rows, source.request.limit, state=state, shuffle=options.val_dataset_shuffle))
+        if options.interleave_prob is None:
+            train_rows = np.concatenate(train)
+        else:  # validation rows are not drawn: each counts once
+            probabilities, strategy = options.interleave_prob, options.stopping_strategy
+            train_rows = interleave(train, probabilities, stopping_strategy=strategy, state=state)
+        val_rows = np.concatenate(val)
+        self._count_chosen(train_rows, val_rows)
         shuffle_val = options.val_dataset_shuffle if self.val_sources else options.dataset_shuffle
-        train_rows, val_rows = np.concatenate(train), np.concatenate(val)
         train_rows = state.permutation(train_rows) if options.dataset_shuffle else train_rows
         return train_rows, state.permutation(val_rows) if shuffle_val else val_rows
+
+    def _count_chosen(self, train: Index, val: Index) -> None:
+        """How many rows of each data set were chosen, into the report."""
+        edges = self.rows.starts[1:]
+        for chosen, counts in ((train, self.report.rows_train), (val, self.report.rows_val)):
+            found = np.bincount(np.searchsorted(edges, chosen, side="right"), minlength=len(edges))
+            for table, count in zip(self.rows.tables, found.tolist(), strict=True):
+                value = table.source.request.value
+                counts[value] = counts.get(value, 0) + count
 
     def _write(self, folder: Path, wanted: Index) -> Part:
         """Encode each row of `wanted` once, pack and write them in the order of `wanted`."""
@@ -378,7 +429,13 @@ class _Builder:
             for chunk in self._in_order(partial(_encode_chunk, self.rows, self.encode), unique, "encoded"):
                 self._count(chunk.faults)
                 numbers.append(chunk.numbers)
-                writer.add(ids=chunk.ids, labels=chunk.labels, lengths=chunk.lengths, trained=chunk.trained)
+                writer.add(
+                    ids=chunk.ids,
+                    labels=chunk.labels,
+                    weights=chunk.weights,
+                    lengths=chunk.lengths,
+                    trained=chunk.trained,
+                )
             kept = np.concatenate(numbers)  # sorted, as `unique` is
             lengths = writer.lengths[order := _expand(kept, wanted)]
             members, sizes = order, np.ones(len(order), np.int64)
@@ -413,88 +470,3 @@ def _expand(kept: Index, wanted: Index) -> Index:
     stop = np.searchsorted(kept, wanted, "right")
     counts = stop - np.searchsorted(kept, wanted, "left")
     return np.repeat(stop - np.cumsum(counts), counts) + np.arange(counts.sum())
-
-
-def sample(rows: Index, count: int | None, *, state: np.random.RandomState, shuffle: bool) -> Index:
-    """`count` of the rows: whole copies, then a random choice of the rest (the first ones when not `shuffle`).
-
-    None gives the rows as they are.
-    """
-    if count is None:
-        return rows
-    copies, rest = divmod(count, len(rows))
-    some = state.permutation(rows)[:rest] if shuffle else rows[:rest]
-    return np.concatenate([*[rows] * copies, some])
-
-
-def split(
-    rows: Index, *, limit: int | None, ratio: float, state: np.random.RandomState, shuffle: bool
-) -> tuple[Index, Index]:
-    """(train, validation) rows of a data set of which `limit` rows are wanted, None for all.
-
-    Validation gets max(int(min(len, limit) * ratio), 1) rows, none where ratio is 0 or only one row is wanted; training
-    gets the other `limit` - that, from the rows that are left, some repeatedly if there are too few.
-    """
-    wanted = min(len(rows), limit or len(rows))
-    num_val = min(max(int(wanted * ratio), 1), wanted - 1) if ratio > 0 else 0
-    if num_val == 0:
-        return sample(rows, limit, state=state, shuffle=shuffle), rows[:0]
-    mixed = state.permutation(rows) if shuffle else np.roll(rows, num_val)  # in order: validation is at the end
-    left = None if limit is None else limit - num_val
-    return sample(mixed[num_val:], left, state=state, shuffle=shuffle), mixed[:num_val]
-
-
-def map_in_order(
-    job: Callable[[Any], Any], chunks: Sequence[Any], *, num_proc: int, start_method: str | None = None
-) -> Iterator[Any]:
-    """job(chunk) of each chunk, in order, by `num_proc` processes; an exception in one is raised here.
-
-    `job` is sent to each process once; chunk i is done by process i % num_proc, which may run ahead as far as its pipe
-    has room.
-    """
-    if num_proc == 1 or len(chunks) < 2:
-        yield from map(job, chunks)
-        return
-    context = multiprocessing.get_context(start_method)
-    num_proc = min(num_proc, len(chunks))
-    receivers: list[Connection] = []
-    processes: list[Any] = []
-    try:
-        for number in range(num_proc):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(  # type: ignore[attr-defined]
-                target=_serve, args=(job, chunks[number::num_proc], sender), daemon=True
-            )
-            process.start()
-            sender.close()
-            receivers.append(receiver)
-            processes.append(process)
-        for number in range(len(chunks)):
-            try:
-                result = receivers[number % num_proc].recv()
-            except EOFError:
-                process = processes[number % num_proc]
-                process.join()
-                why = f"it ended with code {process.exitcode}: it may have been killed for want of memory"
-                raise DataError("a process that encodes rows died", why=why, do="lower --dataset_num_proc") from None
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-        for receiver in receivers:
-            receiver.close()
-
-
-def _serve(job: Callable[[Any], Any], chunks: Sequence[Any], sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    try:
-        for chunk in chunks:
-            sender.send(job(chunk))
-    except BrokenPipeError:
-        return  # the parent has gone
-    except Exception as error:  # raised again in the parent
-        sender.send(error)

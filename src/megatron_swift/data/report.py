@@ -47,9 +47,16 @@ class Part:
 
 @dataclass
 class Report:
-    """The data report: `rows_read` rows in the files; left_out per reason; what training and validation got."""
+    """The data report, per data set as the user wrote it, per reason, and of what training and validation got.
+
+    rows_read           : rows in the files.
+    rows_train, rows_val : rows chosen from them by split, #N and interleave_prob, repetitions counted.
+    left_out            : rows that are malformed or, once chosen, cannot be encoded.
+    """
 
     rows_read: dict[str, int] = field(default_factory=dict)
+    rows_train: dict[str, int] = field(default_factory=dict)
+    rows_val: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, Reason] = field(default_factory=dict)
     train: Part = field(default_factory=Part)
     val: Part | None = None
@@ -75,6 +82,8 @@ class Report:
         """The report that `as_json` gave."""
         return cls(
             rows_read=value["rows_read"],
+            rows_train=value["rows_train"],
+            rows_val=value["rows_val"],
             left_out={kind: Reason(**reason) for kind, reason in value["left_out"].items()},
             train=Part(**value["train"]),
             val=Part(**value["val"]) if value["val"] else None,
@@ -86,10 +95,19 @@ class Report:
         return ", ".join(f"{kind}: {reason.count}" for kind, reason in ordered)
 
     def table(self) -> str:
-        """The report as a short text for people."""
-        lines = [f"data: {sum(self.rows_read.values())} rows read, {self.num_left_out} left out"]
+        """The report as a text for people: the data sets, what was left out and why, and the lengths of what is used."""
+        total = sum(self.rows_read.values())
+        lines = [f"data: {total} rows read, {self.num_left_out} left out"]
+        if len(self.rows_read) > 1:
+            lines.append(f"  {'rows':>9} {'train':>9} {'val':>9}  data set")
+            for value, count in self.rows_read.items():
+                train, val = self.rows_train.get(value, 0), self.rows_val.get(value, 0)
+                lines.append(f"  {count:>9} {train:>9} {val:>9}  {_printable(value)}")
+        if self.left_out:
+            lines.append(f"  {'left out':>9} {'share':>9}  reason")
         for kind, reason in sorted(self.left_out.items(), key=lambda item: -item[1].count):
-            lines.append(f"  {reason.count:>9} {kind}, such as {reason.examples[0]}")
+            share = f"{100 * reason.count / max(total, 1):.2f} %"
+            lines.append(f"  {reason.count:>9} {share:>9}  {kind}, such as {_printable(reason.examples[0])}")
         for name, part in (("train", self.train), ("val", self.val)):
             if part is None:
                 continue
@@ -103,3 +121,9 @@ class Report:
                     f"99 % {spread['99']}, longest {spread['100']}"
                 )
         return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """The text in one line that cannot steer a terminal, shortened to 300 characters."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return shown if len(shown) <= 300 else f"{shown[:297]}..."
