@@ -10,14 +10,15 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from megatron_swift.data.agent import parse_call, parse_tools
 from megatron_swift.data.loss_scale import LossScale, weigh
 from megatron_swift.data.render import Piece, Pieces
 from megatron_swift.data.rounds import ROLES, split_off_tools
-from megatron_swift.data.sandbox import render
+from megatron_swift.data.sandbox import english_date, render
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Conversation, Message
@@ -30,17 +31,19 @@ _OTHER_BACKEND = "use --template_backend swift, which has templates of its own"
 class JinjaTemplate(Template):
     """A Template whose texts come from `source`; those of the fields above are not used, except `response_prefix`.
 
-    values : what the template is told besides messages and tools, such as bos_token.  day : the day it may write.
+    values : what the template is told besides messages and tools, such as bos_token.
+    day    : the day that it may ask for, None where it does not.
     """
 
     source: str = ""
     values: tuple[tuple[str, Any], ...] = ()
-    day: datetime.date = field(default_factory=datetime.date.today)
+    day: datetime.date | None = None
 
 
-def jinja_template(tokenizer: Tokenizer, *, day: datetime.date, enable_thinking: bool | None) -> JinjaTemplate:
+def jinja_template(tokenizer: Tokenizer, *, date: datetime.date | None, enable_thinking: bool | None) -> JinjaTemplate:
     """The chat template of the tokenizer's folder; UsageError where it has none.
 
+    date            : what the template is told as date_string; None: nothing, and today where it asks for the day.
     enable_thinking : what the template is told under that name, None: nothing.
     """
     if tokenizer.chat_template is None:
@@ -52,6 +55,9 @@ def jinja_template(tokenizer: Tokenizer, *, day: datetime.date, enable_thinking:
     values: dict[str, Any] = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
     if enable_thinking is not None:
         values["enable_thinking"] = enable_thinking
+    if date is not None:
+        values["date_string"] = english_date(date)
+    asks = "strftime_now" in tokenizer.chat_template  # or the data, which knows the day by it, would be new every day
     return JinjaTemplate(
         name="jinja",
         prefix="",
@@ -61,7 +67,7 @@ def jinja_template(tokenizer: Tokenizer, *, day: datetime.date, enable_thinking:
         suffix="",
         source=tokenizer.chat_template,
         values=tuple(values.items()),
-        day=day,
+        day=(date or datetime.date.today()) if asks else None,
     )
 
 
@@ -88,6 +94,12 @@ def jinja_training_pieces(
         raise DataError(
             "the conversation ends with a question and has no reply to train on",
             do="add the assistant's reply or remove the question",
+        )
+    if _always_opens(template):
+        raise DataError(
+            "the model's chat template cannot be trained on",
+            why="it opens a further reply after every message, whether one is wanted or not",
+            do=_OTHER_BACKEND,
         )
     messages = [turn.message for turn in turns]
     newest = max((n for n, one in enumerate(messages) if one["role"] == "user"), default=0)
@@ -140,10 +152,18 @@ def _span(
     whole: str,
     turn: _Turn,
 ) -> tuple[int, int]:
-    """Where in the whole text message `number`, a reply, begins and ends."""
+    """Where in the whole text message `number`, a reply, begins and ends.
+
+    Where the template, told not to think, opens the reply with an empty thinking part, and the reply has it, the reply
+    begins after it.
+    """
     opening = _render(template, messages[:number], tools, reply=True)
     closing = _render(template, messages[: number + 1], tools, reply=False)
-    what = f"message {turn.number}: the model's chat template cannot be trained on with --loss_scale as it is"
+    what = f"message {turn.number}: the model's chat template cannot be trained on"
+    if "enable_thinking" in template.source and "enable_thinking" not in dict(template.values):
+        unthinking = replace(template, values=(*template.values, ("enable_thinking", False)))
+        longer = _render(unthinking, messages[:number], tools, reply=True)
+        opening = longer if longer.startswith(opening) and closing.startswith(longer) else opening
     if not closing.startswith(opening):
         raise DataError(
             what,
@@ -159,6 +179,16 @@ def _span(
             do=f"use --loss_scale last_round, or {_OTHER_BACKEND.removeprefix('use ')}",
         )
     return len(opening), len(closing)
+
+
+@lru_cache(maxsize=16)
+def _always_opens(template: JinjaTemplate) -> bool:
+    """Whether a text that ends with a reply ends, by this template, with the opening of a further one."""
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    alone = _render(template, probe, [], reply=False)
+    if alone != _render(template, probe, [], reply=True):
+        return False
+    return not _render(template, [*probe, probe[0]], [], reply=False).startswith(alone)
 
 
 def _difference(first: str, second: str, first_name: str, second_name: str) -> str:

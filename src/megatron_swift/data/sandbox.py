@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NoReturn
 
 import jinja2
@@ -17,8 +17,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 2_000_000  # rounds of loops, elements of ranges and calls in one rendering
+MAX_STEPS = 500_000  # rounds of loops, elements of ranges and calls in one rendering
 MAX_CHARS = 50_000_000  # of the result, and of any text made on the way
+MAX_ELEMENTS = 100_000  # of one list or mapping, through all levels
 MAX_SECONDS = 20.0
 _MAX_WIDTH = 1000  # of indentation
 # What published chat templates use; the others (center, format, batch ...) can make much out of little.
@@ -108,12 +109,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> None:
         """No str.format at all: a width in it makes a text of any length."""
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        """At once an error: Jinja's own undefined value would print as nothing."""
+        raise SecurityError(f"it asks for the attribute {attribute!r} of a value of type {type(obj).__name__}")
+
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call in the template."""
         _BUDGET.get().step()
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, str) and name == "replace":
-            return _replace(owner, *args, **kwargs)
+            return _replace(owner, *args)
         if isinstance(owner, str) and name == "join":
             return _join(args[0], owner)
         result = super().call(context, obj, *args, **kwargs)
@@ -123,19 +128,34 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Count(NodeTransformer):
-    """Wraps what a loop goes through, and replaces `~` by a call: both then count."""
+    """Wraps what a loop goes through and what is put together from parts, and replaces `~`: all of it then counts."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         if node.recursive:
             raise SecurityError("it has a recursive loop")
         self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, "counted__", [], [], None, None, lineno=node.lineno)
+        node.iter = _filtered(node.iter, "counted__")
         return node
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "sized__")
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "sized__")
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, "sized__") if node.ctx == "load" else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        parts = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(parts, "joined__", [], [], None, None, lineno=node.lineno)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "joined__")
+
+
+def _filtered(node: Any, name: str) -> nodes.Expr:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 class _Generation(Extension):
@@ -154,6 +174,23 @@ def _counted(items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         budget.step()
         yield item
+
+
+def _sized(value: Any) -> Any:
+    """A list, tuple or mapping made in the template, its elements counted through all levels."""
+    waiting, budget = [value], _BUDGET.get()
+    count = 0
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, (list, tuple)):
+            waiting += one
+        count += 1
+        if count + len(waiting) > MAX_ELEMENTS:
+            raise SecurityError(f"it puts more than {MAX_ELEMENTS} elements into one value")
+    budget.step(count)
+    return value
 
 
 def _joined(parts: list[Any]) -> str:
@@ -218,7 +255,7 @@ def _environment() -> _Sandbox:
     )
     own: dict[str, Callable[..., Any]] = {
         **{"tojson": _tojson, "join": _join, "replace": _replace, "indent": _indent},
-        **{"string": _text, "counted__": _counted, "joined__": _joined},
+        **{"string": _text, "counted__": _counted, "joined__": _joined, "sized__": _sized},
     }
     env.filters = {**{name: env.filters[name] for name in _FILTERS}, **own}
     env.globals = {"range": _range, "raise_exception": _raise_exception, "namespace": env.globals["namespace"]}
@@ -231,16 +268,18 @@ def _compiled(source: str) -> jinja2.Template:
     return env.from_string(_Count().visit(env.parse(source)))
 
 
-def render(source: str, values: dict[str, Any], *, day: datetime.date) -> str:
+def render(source: str, values: dict[str, Any], *, day: datetime.date | None) -> str:
     """The text that the template writes; jinja2.TemplateError, or what Python raises, where it fails or spends too much.
 
-    day : what `strftime_now` tells the template, in English whatever the locale.
+    day : what `strftime_now` tells the template, in English whatever the locale; None: there is no such function.
     """
     template = _compiled(source)
     token = _BUDGET.set(_Budget())
     try:
         parts, length = [], 0
-        for part in template.generate(**values, strftime_now=lambda form: _strftime(day, form)):
+        if day is not None:
+            values = {**values, "strftime_now": partial(_strftime, day)}
+        for part in template.generate(**values):
             parts.append(part)
             length += len(part)
             _limit(length)
@@ -249,14 +288,17 @@ def render(source: str, values: dict[str, Any], *, day: datetime.date) -> str:
         _BUDGET.reset(token)
 
 
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _MONTHS = (
     *("January", "February", "March", "April", "May", "June", "July"),
     *("August", "September", "October", "November", "December"),
 )
 
 
+def english_date(day: datetime.date) -> str:
+    """05 Mar 2025, whatever the locale."""
+    return f"{day.day:02d} {_MONTHS[day.month - 1][:3]} {day.year}"
+
+
 def _strftime(day: datetime.date, form: str) -> str:
-    _limit(len(form) * 1000)
-    named = form.replace("%b", MONTHS[day.month - 1]).replace("%B", _MONTHS[day.month - 1])
-    return day.strftime(named)
+    month = _MONTHS[day.month - 1]
+    return day.strftime(form.replace("%b", month[:3]).replace("%B", month))

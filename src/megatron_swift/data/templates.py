@@ -6,11 +6,10 @@ import datetime
 import difflib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 from megatron_swift.data.agent import AGENTS
 from megatron_swift.data.jinja_template import jinja_template
-from megatron_swift.data.sandbox import MONTHS
+from megatron_swift.data.sandbox import english_date
 from megatron_swift.data.template import DATE, Template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.utils.errors import UsageError
@@ -120,6 +119,7 @@ _ALL = (
     ),
 )
 
+JINJA = "jinja"  # instead of a name: the template in the model's own folder
 # By name, as written: take one by get_template, which fills its date.
 TEMPLATES: dict[str, Template] = {template.name: template for template in _ALL}
 
@@ -128,7 +128,6 @@ def load_template(
     name: str,
     tokenizer: Tokenizer,
     *,
-    backend: Literal["swift", "jinja"] = "swift",
     date: datetime.date | None = None,
     enable_thinking: bool | None = None,
     agent_template: str | None = None,
@@ -136,21 +135,21 @@ def load_template(
 ) -> Template:
     """The template with the user's choices about it settled, for `encode`: what it says decides the tokens alone.
 
-    backend         : "jinja" takes the template in the model's own folder; `name` is then not used.
-    date            : as `get_template`.
+    name            : as `get_template`, or "jinja" for the template in the model's own folder.
+    date            : as `get_template`; with "jinja", what the template is told as date_string, None: nothing.
     enable_thinking : False: prompts open the reply with the empty thinking part. True: replies to train on get none.
                       UsageError where the template has no such choice.
     agent_template  : a name in AGENTS instead of the template's own.
     registered      : the user's own templates.
     """
-    if backend == "jinja":
+    if name == JINJA:
         if agent_template is not None:
             raise UsageError(
-                f"--agent_template {agent_template} does not go with --template_backend jinja",
+                f"--agent_template {agent_template} does not go with the template jinja",
                 why="the model's own template writes tools and calls its own way",
                 do="leave one of them out",
             )
-        return jinja_template(tokenizer, day=date or datetime.date.today(), enable_thinking=enable_thinking)
+        return jinja_template(tokenizer, date=date, enable_thinking=enable_thinking)
     template = get_template(name, date=date, registered=registered)
     if enable_thinking is not None:
         if not template.empty_think:
@@ -186,8 +185,7 @@ def get_template(
             f"the template '{name}' names the agent template '{template.agent_template}', which there is not",
             do=f"agent templates: {', '.join(AGENTS)}",
         )
-    day = date or datetime.date.today()
-    text = f"{day.day:02d} {MONTHS[day.month - 1]} {day.year}"  # strftime's %b would depend on the locale
+    text = english_date(date or datetime.date.today())
     filled = {
         part: value.replace(DATE, text)
         for part in ("prefix", "system_prefix", "prompt")
