@@ -60,7 +60,7 @@ def test_defaults_obey_their_own_rules():
         (SftArguments, "--swiglu false", "GELU", "use true"),
         (SftArguments, "--attention_dropout 0.1", "dropout", "use 0.0"),
         (SftArguments, "--loss_scale react", "loss scale", "use default or last_round or all"),
-        (SftArguments, "--interleave_prob 0.5 0.5", "interleaving", "leave it out"),
+        (SftArguments, "--interleave_prob 0.5 0", "must be above 0", ""),
         (SftArguments, "--external_plugins a.py", "registering", "leave it out"),
         (InferArguments, "--infer_backend vllm", "another engine", "leave it at pt"),
         (InferArguments, "--num_beams 2", "beam search", "leave it at 1"),

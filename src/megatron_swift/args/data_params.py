@@ -17,7 +17,8 @@ class DataParams(Arguments):
 
     dataset: list[str] = param(
         [],
-        "Training data: files, folders or hub names, `[hf::|ms::]NAME[:SUBSET/SUBSET][#ROWS]`; several are joined.",
+        "Training data: files (jsonl, json, csv, txt, parquet), folders or hub names, "
+        "`[hf::|ms::]NAME[:SUBSET/SUBSET][#ROWS]`; several are joined.",
     )
     val_dataset: list[str] = param(
         [], "Validation data, written like dataset. When given, nothing is split off from dataset."
@@ -34,15 +35,14 @@ class DataParams(Arguments):
     )
     interleave_prob: list[float] | None = param(
         None,
-        "Probability of each data set when rows are drawn in turn instead of joined.",
-        at_least=0,
+        "Probability of each data set when training rows are drawn from them in turn instead of joined; sum 1.",
+        above=0,
         at_most=1,
-        not_yet="interleaving of data sets",
     )
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = param(
         "first_exhausted",
-        "With interleave_prob: stop with the first or the last data set that runs out.",
-        not_yet="interleaving of data sets",
+        "With interleave_prob: stop when the first data set has given its last row, or when the last one has (those that "
+        "ran out begin again).",
     )
     shuffle_buffer_size: int = param(
         1000, "With streaming: rows held to draw from at random.", at_least=1, not_yet="streaming"
@@ -55,8 +55,8 @@ class DataParams(Arguments):
     )
     download_mode: Literal["reuse_dataset_if_exists", "reuse_cache_if_exists", "force_redownload"] = param(
         "reuse_dataset_if_exists",
-        "Whether a hub data set that is already on disk is downloaded again.",
-        not_yet="downloading data sets",
+        "Hub data sets already on disk: reuse_dataset_if_exists = fetch only what has changed, reuse_cache_if_exists = "
+        "likewise, but encode the rows anew, force_redownload = fetch everything again.",
     )
     columns: dict[str, Any] | None = param(
         None, 'Names of columns to read as other names, as JSON: {"question": "query"}.'
@@ -76,9 +76,7 @@ class DataParams(Arguments):
         "Author that swift/self-cognition teaches the model: one, or one in Chinese and one in English.",
         max_items=2,
     )
-    custom_dataset_info: list[str] = param(
-        [], "JSON files that describe further data sets by name.", not_yet="registering from files"
-    )
+    custom_dataset_info: list[str] = param([], "JSON files that describe further data sets by name.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from megatron_swift.args.inherit import inherit
 from megatron_swift.args.rules import TRACKER, check_infer
 from megatron_swift.commands.setup import system_text, world_size
 from megatron_swift.data.registry import Identity
+from megatron_swift.data.sources import make_lookup
 from megatron_swift.data.templates import get_template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.infer.results import ResultFile, default_path
@@ -31,7 +32,10 @@ if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are
     from megatron_swift.infer.questions import Question
 
 # Settings of DataParams and TemplateParams that say nothing here, for a warning when they are given.
-NO_EFFECT = ("split_dataset_ratio", "dataset_num_proc", "dataset_shuffle", "load_from_cache_file", "loss_scale")
+NO_EFFECT = (
+    *("split_dataset_ratio", "dataset_num_proc", "dataset_shuffle", "load_from_cache_file", "loss_scale"),
+    *("interleave_prob", "stopping_strategy"),
+)
 
 
 def run(args: InferArguments) -> None:
@@ -108,6 +112,13 @@ def _questions(args: InferArguments) -> list[Question] | None:
     questions = read_questions(
         QuestionOptions(
             datasets=datasets,
+            lookup=make_lookup(
+                use_hf=args.use_hf,
+                hub_token=args.hub_token,
+                download_mode=args.download_mode,
+                custom_dataset_info=args.custom_dataset_info,
+                custom_register_path=[*args.custom_register_path, *args.external_plugins],
+            ),
             columns=args.columns or {},
             identity=Identity(tuple(args.model_name), tuple(args.model_author)),
             strict=args.strict,

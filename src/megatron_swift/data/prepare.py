@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import re
@@ -174,6 +175,8 @@ def _check_options(options: DataOptions) -> None:
         raise UsageError(f"--dataset_num_proc {options.dataset_num_proc} must be at least 1")
     if options.interleave_prob is not None:
         check_probabilities(options.interleave_prob, len(options.dataset))
+    elif options.stopping_strategy != "first_exhausted":
+        get_logger().warning("--stopping_strategy is not used: --interleave_prob is not given")
 
 
 def _cache_key(
@@ -218,10 +221,11 @@ class _Rows:
         self.tables = tables
         self.columns = tuple(columns.items())
         self.starts = np.cumsum([0, *(len(table) for table in tables)])
+        self._begin: list[int] = self.starts[:-1].tolist()
 
     def _find(self, number: int) -> tuple[Table, int]:
-        at = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return self.tables[at], number - int(self.starts[at])
+        at = bisect.bisect_right(self._begin, number) - 1
+        return self.tables[at], number - self._begin[at]
 
     def read(self, number: int) -> Conversation:
         table, index = self._find(number)

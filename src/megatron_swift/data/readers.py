@@ -47,12 +47,12 @@ class Stamp(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, file: Path | int) -> Stamp:
-        """The stamp of a path or an open file. DataError where it cannot be had."""
+    def of(cls, path: Path) -> Stamp:
+        """The stamp of a file. DataError where it cannot be had."""
         try:
-            found = os.stat(file)
+            found = path.stat()
         except OSError as error:
-            raise DataError(f"{file} cannot be read", why=str(error)) from error
+            raise DataError(f"{path} cannot be read", why=str(error)) from error
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
@@ -116,7 +116,8 @@ class TextFile:
                 raise DataError(f"{self.path} cannot be read", why=str(error)) from error
         start = int(self.spans.starts[index])
         raw = os.pread(self._file, int(self.spans.stops[index]) - start, start)
-        if Stamp.of(self._file) != self.stamp:
+        now = os.fstat(self._file)
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != self.stamp:
             raise changed(self.path)
         return self.parse(raw)
 

@@ -223,7 +223,7 @@ class Table:
         return self._ends[-1]
 
     def _find(self, index: int) -> tuple[RowFile, Fixup, int]:
-        part = bisect.bisect_right(self._ends, index)
+        part = bisect.bisect_right(self._ends, index) if len(self._ends) > 1 else 0
         file, fixup = self._parts[part]
         return file, fixup, index - (self._ends[part - 1] if part else 0)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from megatron_swift.data.encode import OverLength
+from megatron_swift.data.types import Conversation
 from megatron_swift.infer.answer import Answer
 from megatron_swift.infer.engine import Engine
 from megatron_swift.infer.questions import LeftOut, Question
@@ -102,7 +103,7 @@ def _begin(engine: Engine, questions: Sequence[Question]) -> list[tuple[Question
     pairs, left_out = [], LeftOut()
     for number, question in enumerate(questions):
         try:
-            pairs.append((question, engine.begin(question.messages, number=number)))
+            pairs.append((question, engine.begin(Conversation(question.messages, question.tools), number=number)))
         except OverLength as error:
             left_out.add(f"{question.where}: {error.what}")
         except DataError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_swift.data.encode import OverLength, encode_prompt, stop_ids, stop_strings
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
-from megatron_swift.data.types import Message
+from megatron_swift.data.types import Conversation, Message
 from megatron_swift.infer.answer import Answer, Stops
 from megatron_swift.infer.kv_cache import CachedDecoder
 from megatron_swift.infer.sampling import Sampling, choose, random_stream
@@ -50,7 +50,7 @@ class Engine:
         )
         self._warned = False
 
-    def begin(self, messages: Sequence[Message], *, number: int, system: str | None = None) -> Answer:
+    def begin(self, messages: Sequence[Message] | Conversation, *, number: int, system: str | None = None) -> Answer:
         """An empty answer to the conversation's last question.
 
         number : answers of one number draw the same random numbers. system : instead of the options' one.

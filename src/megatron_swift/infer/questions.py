@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from megatron_swift.data.messages import MESSAGES_COLUMNS, RowError, to_messages
-from megatron_swift.data.prepare import sample
+from megatron_swift.data.interleave import sample
+from megatron_swift.data.messages import MESSAGES_COLUMNS, TRAINABLE, RowError, to_conversation
 from megatron_swift.data.registry import Identity, Row
-from megatron_swift.data.sources import Table, find_source
+from megatron_swift.data.sources import UNWANTED, Lookup, Table, find_source
 from megatron_swift.data.types import Message
 from megatron_swift.utils.errors import DataError
 from megatron_swift.utils.log import get_logger
@@ -28,6 +28,7 @@ class Question:
     messages: tuple[Message, ...]
     labels: str | None
     where: str
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class QuestionOptions:
     datasets: tuple[str, ...]
     columns: Mapping[str, str]
     identity: Identity
+    lookup: Lookup = field(default_factory=Lookup)
     strict: bool = True
     shuffle: bool = False
     data_seed: int = 42
@@ -53,7 +55,7 @@ def read_questions(options: QuestionOptions) -> list[Question]:
     columns = tuple((str(source), str(target)) for source, target in options.columns.items())
     places: list[tuple[Table, int]] = []
     for value in options.datasets:
-        source = find_source(value)
+        source = find_source(value, lookup=options.lookup)
         table = Table(source, identity=options.identity)
         if not len(table):
             raise DataError(f"--val_dataset {value} has no row")
@@ -66,8 +68,8 @@ def read_questions(options: QuestionOptions) -> list[Question]:
         try:
             questions.append(_question(table.read(index), columns, table.where(index)))
         except RowError as error:
-            if options.strict:
-                do = "mend the row, or use --strict false to leave such rows out"
+            if options.strict and error.kind != UNWANTED:
+                do = f"{error.do}; or use --strict false to leave such rows out"
                 raise DataError(f"{table.where(index)}: {error}", do=do) from None
             left_out.add(f"{table.where(index)}: {error}")
         if options.limit is not None and len(questions) == options.limit:
@@ -97,21 +99,22 @@ class LeftOut:
 
 def _question(row: Row, columns: tuple[tuple[str, str], ...], where: str) -> Question:
     try:
-        messages, stand_in = to_messages(row, columns=columns), False
+        conversation, stand_in = to_conversation(row, columns=columns), False
     except RowError as error:
         if error.kind not in _NO_REPLY:
             raise
-        messages, stand_in = to_messages(_with_reply(row, columns), columns=columns), True
-    replies = list(itertools.takewhile(lambda message: message.role == "assistant", reversed(messages)))
+        conversation, stand_in = to_conversation(_with_reply(row, columns), columns=columns), True
+    messages = conversation.messages
+    replies = list(itertools.takewhile(lambda message: message.role in TRAINABLE, reversed(messages)))
     asked = tuple(messages[: len(messages) - len(replies)])
     if not asked or asked[-1].role == "system":
         raise RowError("no question", "the row holds nothing to answer")
     labels = "".join(message.content for message in reversed(replies))
-    return Question(asked, None if stand_in else labels or None, where)
+    return Question(asked, None if stand_in else labels or None, where, conversation.tools)
 
 
 def _with_reply(row: Row, columns: Sequence[tuple[str, str]]) -> Row:
-    """The row with a reply for `to_messages` to find."""
+    """The row with a reply for `to_conversation` to find."""
     names = {source.lower(): target.lower() for source, target in columns}
     reply: dict[str, Any] = {"role": "assistant", "content": _STAND_IN}
     for name, value in row.items():
