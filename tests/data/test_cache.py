@@ -181,3 +181,50 @@ def test_default_folder(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path
     monkeypatch.delenv("MEGATRON_SWIFT_CACHE")
     assert default_cache_dir().parts[-2:] == (".cache", "megatron_swift")
+
+
+def write_weighted(folder: Path, weights: list[list[float] | None]) -> PackedRows:
+    """One chunk, and one row, for each item: two tokens, the second trained."""
+    with RowWriter(folder) as writer:
+        for number, given in enumerate(weights):
+            ids = np.array([2 * number, 2 * number + 1], np.int32)
+            labels = np.array([IGNORE, ids[1]], np.int32)
+            array = None if given is None else np.array(given, np.float32)
+            writer.add(ids=ids, labels=labels, weights=array, lengths=np.array([2]), trained=np.array([1]))
+        writer.finish(members=np.arange(len(weights)), sizes=np.ones(len(weights), np.int64))
+    rows = PackedRows(folder)
+    rows.check()
+    return rows
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [[0, 2.0], None, [0, 0.5]],
+        [None, None, [0, 0.5], None],
+        [None] * 5 + [[0, 3.0]],
+    ],
+)
+def test_weights(tmp_path, weights):
+    rows = write_weighted(tmp_path / "rows", weights)
+    for opened in (rows, pickle.loads(pickle.dumps(rows))):
+        found = [opened.row(index)[0].weights for index in range(len(weights))]
+        assert [array.tolist() for array in found] == [[0, 1] if given is None else given for given in weights]
+        assert found[0].dtype == np.float32
+
+
+def test_no_weights_take_no_space(tmp_path):
+    rows = write_weighted(tmp_path / "rows", [None, None])
+    assert rows.row(0)[0].weights is None
+    assert {path.stem for path in (tmp_path / "rows").glob("*.bin")} == set(DTYPES)
+
+
+def test_damaged_weights(tmp_path):
+    write_weighted(tmp_path / "rows", [[0, 2.0]])
+    file = tmp_path / "rows" / "weights.bin"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(Damaged, match="weights"):
+        PackedRows(tmp_path / "rows").check()
+    file.unlink()
+    with pytest.raises(Damaged, match="weights"):
+        PackedRows(tmp_path / "rows")

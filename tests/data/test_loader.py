@@ -53,6 +53,17 @@ def as_lists(steps: object) -> list:
     return [[(*(a.tolist() for a in b[:3]), b.lengths, b.rows) for b in batches] for batches in steps]
 
 
+def test_weights_are_shifted_as_labels_are():
+    plain = make_sample([1, 2, 3], untrained=1)
+    weighted = make_sample([4, 5, 6, 7], untrained=2)._replace(weights=np.array([0, 0, 2, 0.5], np.float32))
+    batch = collate([plain, weighted], pad_to_multiple=8, pad_id=0, rows=(0,))
+    assert batch.labels.tolist() == [2, 3, IGNORE, IGNORE, 6, 7, IGNORE, IGNORE]
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [1, 1, 0, 0, 2, 0.5, 0, 0]
+    assert batch.weights.dtype == np.float32
+    assert collate([plain], pad_to_multiple=8, pad_id=0, rows=(0,)).weights is None
+
+
 def test_collate():
     samples = [make_sample([1, 2, 3, 4, 5]), make_sample([6, 7, 8], untrained=0)]
     batch = collate(samples, pad_to_multiple=4, pad_id=9, rows=(0, 5))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_swift.data.messages import RowError, to_messages
-from megatron_swift.data.types import Message
+from megatron_swift.data.messages import DEEPEST_TOOL, RowError, to_conversation, to_messages
+from megatron_swift.data.types import Conversation, Message
 
 QA = [Message("user", "q"), Message("assistant", "r")]
 
@@ -28,6 +30,9 @@ QA = [Message("user", "q"), Message("assistant", "r")]
         {"query": "q", "response": ["r"]},
         {"query": "q", "response": "r", "answer": "not this"},
         {"query": "q", "response": "r", "system": "", "history": [], "images": [], "tools": None},
+        {"messages": [{"role": "user", "from": None, "content": "q", "value": None}, {"from": "gpt", "value": "r"}]},
+        {"messages": [{"role": None, "from": "human", "content": None, "value": "q"}, {"role": "bot", "content": "r"}]},
+        {"messages": [{"human": "q", "gpt": "r", "assistant": "r"}]},
     ],
 )
 def test_forms(row):
@@ -92,6 +97,119 @@ def test_choice_among_responses_depends_on_the_row_alone():
     assert chosen == {"a", "b"}
 
 
+TOOL = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}, "größe": [1.5]}}
+TOOL_TEXT = json.dumps(TOOL, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "tools", [[TOOL], [TOOL_TEXT], json.dumps([TOOL]), json.dumps([TOOL_TEXT]), repr([TOOL]), f" [{TOOL_TEXT}]"]
+)
+@pytest.mark.parametrize("form", [{"query": "q", "response": "r"}, {"messages": [{"human": "q", "assistant": "r"}]}])
+def test_tools(tools, form):
+    assert to_conversation({**form, "Tools": tools}) == Conversation(QA, (TOOL_TEXT,))
+
+
+def test_a_tool_that_is_text_stays_as_it_is_written():
+    text = '{"b":1,  "a": "\\u00fc"}'
+    row = {"query": "q", "response": "r", "tools": [text, text]}
+    assert to_conversation(row).tools == (text, text)
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]", {}])
+def test_no_tools(tools):
+    assert to_conversation({"query": "q", "response": "r", "tools": tools}).tools == ()
+
+
+def nested(depth: int) -> dict:
+    tool: dict = {}
+    for _ in range(depth - 1):
+        tool = {"a": tool}
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("tools", "kind"),
+    [
+        ([5], "malformed tools"),
+        (["no json"], "malformed tools"),
+        (["[1]"], "malformed tools"),
+        (["[" * 100_000], "malformed tools"),
+        ([nested(DEEPEST_TOOL + 1)], "malformed tools"),
+        ([nested(500)], "malformed tools"),
+        ([{"a": float("nan")}], "malformed tools"),
+        ([{"a": b"x"}], "malformed tools"),
+        ([{"a": "\ud800"}], "lone surrogate"),
+        (['{"a": "\x00"}'], "NUL character"),
+        ({"name": "add"}, "malformed column"),
+        ("add", "malformed column"),
+    ],
+)
+def test_malformed_tools(tools, kind):
+    with pytest.raises(RowError) as caught:
+        to_conversation({"query": "q", "response": "r", "tools": tools})
+    assert caught.value.kind == kind
+    assert to_conversation({"query": "q", "response": "r", "tools": [nested(DEEPEST_TOOL)]}).tools
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"loss": True}, (True, None)),
+        ({"loss": False}, (False, None)),
+        ({"loss": None, "loss_scale": None}, (None, None)),
+        ({"loss_scale": 2}, (None, 2.0)),
+        ({"loss_scale": 0}, (None, 0.0)),
+        ({"loss": True, "loss_scale": 0.5}, (True, 0.5)),
+        ({"loss": False, "loss_scale": 0}, (False, 0.0)),
+    ],
+)
+@pytest.mark.parametrize("role", ["assistant", "tool_call"])
+def test_loss_of_a_message(keys, expected, role):
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": role, "content": "r", **keys}]}
+    message = to_messages(row)[1]
+    assert (message.train, message.loss_scale) == expected
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"loss": 1},
+        {"loss": "true"},
+        {"loss_scale": True},
+        {"loss_scale": "2"},
+        {"loss_scale": -1},
+        {"loss_scale": float("inf")},
+        {"loss_scale": float("nan")},
+        {"loss": True, "loss_scale": 0},
+        {"loss": False, "loss_scale": 1},
+    ],
+)
+def test_malformed_loss(keys):
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r", **keys}]}
+    with pytest.raises(RowError, match="malformed message: loss"):
+        to_messages(row)
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool_response"])
+def test_only_replies_have_a_loss(role):
+    def row(**keys: object) -> dict:
+        return {"messages": [{"role": role, "content": "x", **keys}, *turns("assistant")["messages"]]}
+
+    assert to_messages(row(loss=False, loss_scale=0))[0].train is False
+    for keys in ({"loss": True}, {"loss_scale": 0.5}):
+        with pytest.raises(RowError, match=f"of role {role}: only replies"):
+            to_messages(row(**keys))
+
+
+def test_every_reason_says_what_to_do():
+    with pytest.raises(RowError) as caught:
+        to_messages(turns("wizard"))
+    assert "assistant" in caught.value.do
+    with pytest.raises(RowError) as caught:
+        to_messages(turns("user"))
+    assert caught.value.do
+
+
 def turns(*roles: str) -> dict:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
@@ -107,6 +225,8 @@ def turns(*roles: str) -> dict:
         ({"query": "q", "response": None}, "content is not text"),
         ({"query": "q", "response": {"a": 1}}, "content is not text"),
         ({"query": "q", "response": []}, "empty response"),
+        ({"query": "q", "response": ["a", 5]}, "content is not text"),
+        ({"query": "q", "response": [[["a"]]]}, "content is not text"),
         ({"query": "q", "response": ""}, "empty response"),
         ({"query": "q", "response": " \n"}, "empty response"),
         ({"query": "q", "response": "r", "history": [["a"]]}, "malformed history"),
@@ -153,7 +273,8 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "from", "content", "value", "loss", "human", "assistant", "type"]), inner
+            st.sampled_from(["role", "from", "content", "value", "loss", "loss_scale", "human", "assistant", "type"]),
+            inner,
         )
     ),
     max_leaves=12,
@@ -169,6 +290,7 @@ COLUMNS = [
     "text",
     "history",
     "system",
+    "tools",
 ]
 
 
@@ -176,8 +298,9 @@ COLUMNS = [
 @given(st.dictionaries(st.sampled_from(COLUMNS), JSON))
 def test_any_row_gives_messages_or_a_reason(row):
     try:
-        messages = to_messages(row)
+        conversation = to_conversation(row)
     except RowError:
         return
-    assert messages[-1].role != "user"
-    assert all(isinstance(message.content, str) for message in messages)
+    assert conversation.messages[-1].role != "user"
+    assert all(isinstance(message.content, str) for message in conversation.messages)
+    assert all(isinstance(json.loads(tool), dict) for tool in conversation.tools)

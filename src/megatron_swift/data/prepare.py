@@ -169,6 +169,11 @@ def _check_options(options: DataOptions) -> None:
         raise UsageError("--dataset is missing", do="give at least one file, folder or data set name")
     if not 0 <= options.split_dataset_ratio < 1:
         raise UsageError(f"--split_dataset_ratio {options.split_dataset_ratio} must be at least 0 and below 1")
+    for source, target in options.columns.items():
+        if not isinstance(target, str):
+            raise UsageError(
+                f"--columns: {source!r} must become a name, not {target!r}", do='for example {"q": "query"}'
+            )
     if options.packing and options.max_length is None:
         raise UsageError("--packing needs --max_length", why="it is the length of a pack")
     if options.dataset_num_proc < 1:
@@ -244,6 +249,10 @@ class _Fault(NamedTuple):
     text: str
     do: str
 
+    @classmethod
+    def of(cls, number: int, error: RowError) -> _Fault:
+        return cls(number, error.kind, str(error), error.do)
+
 
 class _Encoded(NamedTuple):
     """The samples of a chunk one after another, the number of each one's row, and the rows that gave none."""
@@ -264,16 +273,21 @@ def _find_faults(rows: _Rows, numbers: Index) -> list[_Fault]:
         try:
             rows.read(number)
         except RowError as error:
-            faults.append(_Fault(number, error.kind, str(error), error.do))
+            faults.append(_Fault.of(number, error))
     return faults
 
 
 def _encode_chunk(rows: _Rows, encode: Callable[[list[Conversation]], list[Any]], numbers: Index) -> _Encoded:
-    outcomes = encode([rows.read(number) for number in numbers.tolist()])
     faults: list[_Fault] = []
+    read: list[tuple[int, Conversation]] = []
+    for number in numbers.tolist():
+        try:
+            read.append((number, rows.read(number)))
+        except RowError as error:  # the row was checked, but a user's fixup may be fickle
+            faults.append(_Fault.of(number, error))
     kept: list[int] = []
     samples: list[Sample] = []
-    for number, outcome in zip(numbers.tolist(), outcomes, strict=True):
+    for (number, _), outcome in zip(read, encode([conversation for _, conversation in read]), strict=True):
         if isinstance(outcome, DataError):
             kind = OVER_LENGTH if isinstance(outcome, OverLength) else re.sub(r"\d+", "N", outcome.what)
             faults.append(_Fault(number, kind, outcome.what, outcome.do))
