@@ -30,6 +30,7 @@ THIRD_PARTY = (
     ("data.tokenizer", {"tokenizers", "jinja2", "transformers"}),
     ("data.hub", {"huggingface_hub", "modelscope", "yaml"}),
     ("data.readers", {"numpy", "pyarrow"}),
+    ("data.histogram", {"numpy", "matplotlib"}),
     ("data", {"numpy", "tokenizers", "jinja2"}),
     ("args", {"yaml"}),
     ("utils", {"huggingface_hub", "modelscope"}),

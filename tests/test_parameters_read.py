@@ -15,13 +15,14 @@ from megatron_swift.commands.setup import MODEL_FIELDS
 
 PACKAGE = Path(megatron_swift.__file__).parent
 # Which files may read a command's arguments: the command's own, and what all share.
-SHARED = ("args/rules.py", "args/inherit.py", "cli.py", "worker.py", "launch.py")
+SHARED = ("args/rules.py", "args/inherit.py", "commands/chat_template.py", "cli.py", "worker.py", "launch.py")
 TRAINING = ("commands/setup.py", "commands/train.py", "commands/run_folder.py", *SHARED)
 OWN = {
     "megatron sft": TRAINING,
     "megatron pt": TRAINING,
     "swift export": ("commands/export.py", *SHARED),
     "swift infer": ("commands/infer.py", *SHARED),
+    "megatron data show": ("commands/data.py", "commands/setup.py", *SHARED),
 }
 # Read under another name than `args.<name>`, each in its file.
 ELSEWHERE = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_swift import __version__
-from megatron_swift.args.commands import ExportArguments, InferArguments, SftArguments, parse
+from megatron_swift.args.commands import DataShowArguments, ExportArguments, InferArguments, SftArguments, parse
 from megatron_swift.args.flags import wants_help
 from megatron_swift.args.reference import help_text
 from megatron_swift.args.rules import check_environment
@@ -55,11 +55,13 @@ def main(program: str, argv: Sequence[str]) -> int:
     if argv[0] == "--version":
         print(f"megatron-swift {__version__}")
         return 0
-    name = argv[0].replace("_", "-")
+    name, words = argv[0].replace("_", "-"), 1
+    if len(argv) > 1 and f"{name} {argv[1]}" in commands:
+        name, words = f"{name} {argv[1]}", 2
     if name not in commands:
         return guarded(lambda: _unknown(program, argv[0], list(commands)))
     kind, action = commands[name]
-    if wants_help(argv[1:]):
+    if wants_help(argv[words:]):
         print(help_text(kind), end="")
         return 0
     set_threads(1)
@@ -67,7 +69,7 @@ def main(program: str, argv: Sequence[str]) -> int:
 
     def start() -> None:
         nonlocal result
-        args = parse(kind, argv[1:])
+        args = parse(kind, argv[words:])
         for key, value in args.config_env.items():
             os.environ.setdefault(key, value)
         result = action(args, started)
@@ -121,8 +123,15 @@ def _infer(args: Any, started: float) -> int:
     return 0
 
 
+def _data_show(args: Any, started: float) -> int:
+    from megatron_swift.commands.data import show
+
+    show(args)
+    return 0
+
+
 Action = Callable[[Any, float], int]
 COMMANDS: dict[str, dict[str, tuple[type[Arguments], Action]]] = {
-    "megatron": {"sft": (SftArguments, _train)},
+    "megatron": {"sft": (SftArguments, _train), "data show": (DataShowArguments, _data_show)},
     "swift": {"export": (ExportArguments, _export), "infer": (InferArguments, _infer)},
 }

@@ -78,9 +78,9 @@ def test_use_chat_template_is_always_taken_over_but_in_training(folder, caplog):
 
 
 def test_a_setting_that_is_not_built_is_left_out(folder, caplog):
-    path = folder({"agent_template": "react_en", "template": "qwen2_5"})
+    path = folder({"agent_template": "toolbench", "template": "qwen2_5"})
     assert inherit(parse(InferArguments, ["--model", path])).values == {"template": "qwen2_5"}
-    assert "agent_template react_en: an agent template is not built yet" in caplog.text
+    assert "agent_template toolbench: must be one of hermes" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from megatron_swift.args.config_file import ENV_KEY, read_config
-from megatron_swift.args.data_params import DataParams, LossScale, TemplateParams
+from megatron_swift.args.data_params import DataParams, DataShowParams, LossScale, TemplateParams
 from megatron_swift.args.flags import read_flags, spellings, suggestion
 from megatron_swift.args.infer_params import ExportParams, InferParams
 from megatron_swift.args.model_params import ModelShapeParams, ModelSourceParams, MoeParams
@@ -96,7 +96,16 @@ class InferArguments(ModelSourceParams, DataParams, TemplateParams, InferParams)
     )
 
 
-COMMANDS: tuple[type[Arguments], ...] = (SftArguments, PtArguments, ExportArguments, InferArguments)
+@dataclass(frozen=True, kw_only=True)
+class DataShowArguments(ModelSourceParams, DataParams, TemplateParams, DataShowParams):
+    prog: ClassVar[str] = "megatron data show"
+    summary: ClassVar[str] = (
+        "Show what training would see of a data set: samples, trained tokens, lengths, rows left out."
+    )
+    example: ClassVar[str] = "megatron data show --dataset train.jsonl --model Qwen/Qwen2.5-7B-Instruct --num_samples 5"
+
+
+COMMANDS: tuple[type[Arguments], ...] = (SftArguments, PtArguments, ExportArguments, InferArguments, DataShowArguments)
 
 
 def parse(command: type[A], argv: Sequence[str], *, warn: bool = True) -> A:
@@ -143,6 +152,7 @@ def _refuse_unknown(command: type[Arguments], unknown: dict[str, str], *, ignore
 __all__ = [
     "COMMANDS",
     "ENV_KEY",
+    "DataShowArguments",
     "ExportArguments",
     "InferArguments",
     "PtArguments",

@@ -3,12 +3,35 @@
 # ruff: noqa: RUF009  (`param` makes a field, as dataclasses.field does)
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from megatron_swift.args.spec import Arguments, param
 
-LossScale = Literal["default", "last_round", "all", "react", "agentflan", "alpha_umi", "qwen", "hermes"]
+LossScale = Literal[
+    "default", "last_round", "all", "ignore_empty_think", "react", "agentflan", "alpha_umi", "qwen", "hermes"
+]
+UNDOCUMENTED = ("agentflan", "alpha_umi")
+
+
+def _known_weights(name: str) -> str:
+    return f"another one: which weights ms-swift gives {name} is documented nowhere" if name in UNDOCUMENTED else ""
+
+
+AGENT_TEMPLATES = ("hermes", "react_en", "react", "llama3")
+
+
+def _is_agent(name: str) -> str:
+    return "" if name in AGENT_TEMPLATES else f"one of {', '.join(AGENT_TEMPLATES)}"
+
+
+def _is_date(text: str) -> str:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return "a date such as 2025-04-30"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +113,16 @@ class TemplateParams(Arguments):
     max_length: int | None = param(
         None, "Longest sample, and size of a pack, in tokens. Default: what the model allows.", at_least=1
     )
-    truncation_strategy: Literal["delete", "left", "right", "raise"] | None = param(
+    truncation_strategy: Literal["delete", "left", "right", "raise", "split"] | None = param(
         None,
-        "What happens to longer samples: dropped, cut on the left, cut on the right, or an error. Default: delete.",
+        "What happens to longer samples: dropped, cut on the left, cut on the right, an error, or split into several. "
+        "Default: delete.",
     )
     loss_scale: LossScale = param(
         "default",
-        "Which tokens are trained: default = all answers, last_round = the last answer, all = every token.",
-        not_yet="a weighted loss scale",
-        built=("last_round", "all"),
+        "Which tokens are trained: default = all answers, last_round = the last answer, all = every token, "
+        "ignore_empty_think = answers without an empty thinking part; react, qwen and hermes weigh tool calls twice.",
+        check=_known_weights,
     )
     use_chat_template: bool = param(
         True, "Wrap conversations in the chat template. false = plain text, as in pre-training."
@@ -110,8 +134,30 @@ class TemplateParams(Arguments):
         None, "Text put before each answer, such as `<think>\\n`. Default: the template's."
     )
     agent_template: str | None = param(
-        None, "Form of tool descriptions and calls. Default: none.", not_yet="an agent template"
+        None,
+        "Form of tool descriptions, calls and responses: hermes, react_en or llama3. Default: the template's.",
+        check=_is_agent,
     )
     template_backend: Literal["swift", "jinja"] = param(
-        "swift", "swift = this product's templates, jinja = the tokenizer's own template.", not_yet="the jinja backend"
+        "swift", "swift = this product's templates, jinja = the model's own template, run in a sandbox."
     )
+    enable_thinking: bool | None = param(
+        None,
+        "For models that think on demand (qwen3). false = prompts open the answer with an empty thinking part; "
+        "true = answers to train on get none. Default: prompts have none, answers without a thinking part get one.",
+    )
+    template_date: str | None = param(
+        None,
+        "Day that llama3_2 writes into the system prompt, as YYYY-MM-DD. Default: the day of the run.",
+        check=_is_date,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataShowParams(Arguments):
+    group: ClassVar[str] = "Show"
+
+    num_samples: int = param(3, "Samples to print, from the first on.", at_least=0)
+    json: bool = param(False, "Print one JSON object a sample, with ids and labels, and the report to stderr.")
+    histogram_png: str | None = param(None, "PNG file for the histogram of lengths; needs matplotlib.")
+    seed: int = param(42, "Seed of sampling, splitting and shuffling rows where data_seed is not given.", at_least=1)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from megatron_swift.args.commands import InferArguments
 from megatron_swift.args.inherit import inherit
 from megatron_swift.args.rules import TRACKER, check_infer
+from megatron_swift.commands.chat_template import asked_template, chosen_template
 from megatron_swift.commands.setup import system_text, world_size
 from megatron_swift.data.registry import Identity
 from megatron_swift.data.sources import make_lookup
-from megatron_swift.data.templates import get_template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.infer.results import ResultFile, default_path
 from megatron_swift.models.config import read_json
@@ -51,7 +51,7 @@ def run(args: InferArguments) -> None:
     described = describe(
         folder,
         model_type=args.model_type,
-        template=args.template if args.use_chat_template else "generation",
+        template=asked_template(args),
         chat_template=tokenizer.chat_template,
     )
     questions = _questions(args)
@@ -159,7 +159,7 @@ def _load(args: InferArguments, folder: Path, tokenizer: Tokenizer, described: D
     model = load_decoder(HuggingFaceWeights(folder, config), config, dtype=TORCH_DTYPES[dtype], device=device)
     attention = choose_attention("auto", device=device, dtype=TORCH_DTYPES[dtype])
     model.set_attention(attention.core)
-    template = get_template(described.template)
+    template = chosen_template(args, described.template, tokenizer)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     get_logger().info(
         "model %s: %s, %.4g M parameters, %d positions; template %s (%s)",

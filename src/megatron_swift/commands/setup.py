@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from megatron_swift.args.commands import TrainArguments
+from megatron_swift.args.commands import DataShowArguments, TrainArguments
 from megatron_swift.args.inherit import inherit
 from megatron_swift.args.rules import (
     TRACKER,
@@ -26,10 +26,12 @@ from megatron_swift.args.rules import (
 )
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.layout import tensor_specs
+from megatron_swift.commands.chat_template import asked_template, chosen_template
 from megatron_swift.commands.run_folder import make_run_dir, write_run_files
 from megatron_swift.data.encode import LossScale
 from megatron_swift.data.prepare import DataOptions, Prepared, prepare
 from megatron_swift.data.show import render_sample
+from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.families import describe
@@ -100,10 +102,9 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     load = Path(args.load) if args.load is not None and (Path(args.load) / TRACKER).is_file() else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(model_dir)
-    template = args.template if args.use_chat_template else "generation"
-    described = describe(
-        model_dir, model_type=args.model_type, template=template, chat_template=tokenizer.chat_template
-    )
+    asked = asked_template(args)
+    described = describe(model_dir, model_type=args.model_type, template=asked, chat_template=tokenizer.chat_template)
+    template = chosen_template(args, described.template, tokenizer)
     model = override(described.config, args)
     check_lengths(args, max_position_embeddings=model.max_position_embeddings)
     dp_size = data_parallel_size(args, world_size=world_size(env))
@@ -113,7 +114,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
             f"the tokenizer of {model_dir} has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}",
             do="use the tokenizer that belongs to the model",
         )
-    prepared = prepare(data_options(args, described.template, model), tokenizer)
+    prepared = prepare(data_options(args, template, longest=model.max_position_embeddings), tokenizer)
     iters = train_iters(args, len(prepared.train))
     check_schedule(args, train_iters=iters)
     _warn_of_unused(args, prepared)
@@ -209,8 +210,8 @@ def system_text(system: str | None) -> str | None:
     return system.replace("\\n", "\n")
 
 
-def data_options(args: TrainArguments, template: str, model: ModelConfig) -> DataOptions:
-    """The data part of the arguments."""
+def data_options(args: TrainArguments | DataShowArguments, template: Template, *, longest: int | None) -> DataOptions:
+    """The data part of the arguments. longest: max_length where it is not given."""
     return DataOptions(
         dataset=tuple(args.dataset),
         val_dataset=tuple(args.val_dataset),
@@ -231,10 +232,10 @@ def data_options(args: TrainArguments, template: str, model: ModelConfig) -> Dat
         model_author=tuple(args.model_author),
         template=template,
         system=system_text(args.system),
-        max_length=args.max_length or model.max_position_embeddings,
+        max_length=args.max_length or longest,
         truncation=args.truncation_strategy or "delete",
         loss_scale=cast(LossScale, args.loss_scale),  # the other choices are refused by the parser
-        packing=args.packing,
+        packing=isinstance(args, TrainArguments) and args.packing,
         dataset_num_proc=args.dataset_num_proc,
         use_cache=args.load_from_cache_file,
     )

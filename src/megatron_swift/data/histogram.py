@@ -14,11 +14,11 @@ _STEPS = (1, 2, 5)
 
 
 class Bin(NamedTuple):
-    """`count` samples have from `first` to `last` tokens."""
+    """`samples` samples have from `first` to `last` tokens."""
 
     first: int
     last: int
-    count: int
+    samples: int
 
 
 def bins(lengths: np.ndarray, *, at_most: int = 12) -> list[Bin]:
@@ -45,15 +45,15 @@ def text_histogram(lengths: np.ndarray, *, max_length: int | None = None) -> str
     found = bins(lengths)
     if not found:
         return "no samples"
-    most, digits = max(one.count for one in found), len(str(found[-1].last))
+    most, digits = max(one.samples for one in found), len(str(found[-1].last))
     lines = [f"{'tokens':>{2 * digits + 1}}  samples"]
     for one in found:
-        full, rest = divmod(one.count * _BAR * 8, most * 8)
+        full, rest = divmod(one.samples * _BAR * 8, most * 8)
         bar = "█" * full + (" ▏▎▍▌▋▊▉"[rest * 8 // (most * 8)] if rest else "")
         name = (
             f"{one.first:>{digits}}-{one.last:<{digits}}" if one.first < one.last else f"{one.first:>{2 * digits + 1}}"
         )
-        lines.append(f"{name}  {one.count:>7} {bar}".rstrip())
+        lines.append(f"{name}  {one.samples:>7} {bar}".rstrip())
         if max_length is not None and one.first <= max_length <= one.last:
             lines[-1] += f"   (max_length {max_length})"
     return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""The arguments about templates as the template to encode with. Training, inference and `data show` share this."""
+
+from __future__ import annotations
+
+import datetime
+
+from megatron_swift.args.commands import DataShowArguments, InferArguments, TrainArguments
+from megatron_swift.data.plugins import load_plugins
+from megatron_swift.data.template import Template
+from megatron_swift.data.templates import JINJA, load_template
+from megatron_swift.data.tokenizer import Tokenizer
+from megatron_swift.utils.errors import UsageError
+
+Asking = TrainArguments | InferArguments | DataShowArguments
+
+
+def asked_template(args: Asking) -> str | None:
+    """The name of the template that the arguments ask for, None where the model's folder has to tell."""
+    if not args.use_chat_template:
+        return "generation"
+    if args.template_backend != JINJA:
+        return args.template
+    if "template" in args.given and args.template != JINJA:
+        raise UsageError(
+            f"--template {args.template} does not go with --template_backend jinja",
+            why="that takes the model's own template",
+            do="leave one of them out",
+        )
+    return JINJA
+
+
+def chosen_template(args: Asking, name: str, tokenizer: Tokenizer) -> Template:
+    """The template of that name, with what the arguments say about it."""
+    own = load_plugins(args.custom_register_path).templates if args.custom_register_path else ()
+    for one in own:
+        if not isinstance(one, Template):
+            raise UsageError(
+                f"--custom_register_path {' '.join(args.custom_register_path)}: TEMPLATES holds {one!r}",
+                do="fill it with objects of megatron_swift.data.template.Template",
+            )
+    plain = not args.use_chat_template
+    return load_template(
+        name,
+        tokenizer,
+        date=datetime.date.fromisoformat(args.template_date) if args.template_date else None,
+        enable_thinking=None if plain else args.enable_thinking,
+        agent_template=None if plain else args.agent_template,
+        registered={one.name: one for one in own},
+    )
