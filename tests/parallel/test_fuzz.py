@@ -104,20 +104,19 @@ def draw(seed: int, number: int) -> Draw:
 
 
 def data(case: Draw) -> list[list[list]]:
-    """[step][micro-batch][sample], ragged, with anything from none to all tokens trained."""
+    """[step][micro-batch][sample], ragged, with anything from none to all tokens trained, but at least one in a step."""
     rng = np.random.default_rng(case.seed)
-    return [
-        [
-            random_samples(
-                rng,
-                rng.integers(1, case.longest + 1, rng.integers(1, 4)),
-                trained=rng.random() * (i > 0) + 0.5 * (i == 0),
-                vocab_size=259,
-            )
-            for i in range(case.micro)
-        ]
-        for _ in range(2)
-    ]
+
+    def micro() -> list:
+        return random_samples(
+            rng, rng.integers(1, case.longest + 1, rng.integers(1, 4)), trained=rng.random(), vocab_size=259
+        )
+
+    def step() -> list[list]:
+        whole = random_samples(rng, [int(rng.integers(2, case.longest + 2))], trained=1.0, vocab_size=259)
+        return [whole, *(micro() for _ in range(case.micro - 1))]
+
+    return [step() for _ in range(2)]
 
 
 def check(case: Draw, folder: Path, tamper=lambda engine: None) -> None:
