@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # The quick start of Megatron-SWIFT's documentation, as its users type it: two 80 GB GPUs, Qwen2.5-7B-Instruct, about ten minutes there.
-# Tensor parallelism comes in a later version: until then this sets tensor_model_parallel_size 1 and lets both GPUs share the optimizer.
 # A model and data sets that lie in folders of these names are taken from there; MODEL and EXTRA change the command for a smaller machine.
 set -euo pipefail
 MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
@@ -22,7 +21,7 @@ megatron sft \
     --dataset 'AI-ModelScope/alpaca-gpt4-data-zh#500' \
               'AI-ModelScope/alpaca-gpt4-data-en#500' \
               'swift/self-cognition#500' \
-    --tensor_model_parallel_size 1 \
+    --tensor_model_parallel_size 2 \
     --micro_batch_size 4 \
     --global_batch_size 16 \
     --recompute_granularity selective \
