@@ -35,7 +35,8 @@ class Round:
     @property
     def text(self) -> str:
         """The reply as one text."""
-        return "".join([part.text for part in self.reply])
+        reply = self.reply
+        return reply[0].text if len(reply) == 1 else "".join([part.text for part in reply])
 
     @property
     def fixed(self) -> bool:
@@ -104,13 +105,15 @@ def to_rounds(messages: Sequence[Message], agent: AgentTemplate) -> Rounds:
     if not rounds:
         raise DataError("the conversation has no message" if system is None else "there is only a system message")
     _check_replies(rounds)
-    newest = max((number for number, one in enumerate(rounds) if not one.responses), default=0)
+    newest = len(rounds) - 1
+    while newest and rounds[newest].responses:
+        newest -= 1
     return Rounds(system, rounds, newest)
 
 
 def _check_replies(rounds: Sequence[Round]) -> None:
     for number, one in enumerate(rounds, 1):
-        if one.reply and not any(part.text for part in one.reply):
+        if one.reply and not one.text:
             raise DataError(f"the reply of round {number} is empty", do="remove the round or the row")
 
 

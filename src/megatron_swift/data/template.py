@@ -69,6 +69,7 @@ def split_places(text: str) -> tuple[str, ...]:
     return tuple(piece for piece in _PLACE.split(text) if piece)
 
 
+@lru_cache(maxsize=1024)
 def is_place(piece: str) -> bool:
     """True for a piece of `split_places` that is a place and not a text."""
     return _PLACE.fullmatch(piece) is not None
