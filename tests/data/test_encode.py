@@ -1,3 +1,4 @@
+import json
 import pickle
 from dataclasses import replace
 
@@ -8,10 +9,11 @@ from hypothesis import strategies as st
 from tiny_tokenizer import SPECIAL, write_tokenizer
 
 from megatron_swift.data.encode import OverLength, encode, encode_many
+from megatron_swift.data.loss_scale import NAMES
 from megatron_swift.data.template import Template
 from megatron_swift.data.templates import TEMPLATES, get_template
 from megatron_swift.data.tokenizer import Tokenizer
-from megatron_swift.data.types import IGNORE, Message
+from megatron_swift.data.types import IGNORE, Conversation, Message
 from megatron_swift.utils.errors import DataError
 
 CHATML, LLAMA3, GENERATION = TEMPLATES["chatml"], TEMPLATES["llama3"], TEMPLATES["generation"]
@@ -140,6 +142,29 @@ def test_truncation_kinds(tokenizer):
     assert not isinstance(caught.value, OverLength)
 
 
+def test_split_cuts_a_long_row_into_several(bos_tokenizer):
+    text = "XY ZW " * 20
+    whole = encode(GENERATION, bos_tokenizer, [Message("assistant", text)], loss_scale="all")
+    rows = [[Message("assistant", "XY")], [Message("assistant", text)]]
+    short, pieces = encode_many(GENERATION, bos_tokenizer, rows, loss_scale="all", max_length=16, truncation="split")
+    assert len(short) == 1 and len(pieces) == -(-len(whole.ids) // 16)
+    assert np.array_equal(np.concatenate([piece.ids for piece in pieces]), whole.ids)
+    assert [len(piece.ids) for piece in pieces[:-1]] == [16] * (len(pieces) - 1)
+    assert all(np.array_equal(piece.ids, piece.labels) for piece in pieces)
+
+
+def test_split_leaves_out_pieces_without_a_trained_token(tokenizer):
+    whole = encode(CHATML, tokenizer, ROUNDS)
+    (pieces,) = encode_many(CHATML, tokenizer, [ROUNDS], max_length=8, truncation="split")
+    starts = [at for at in range(0, len(whole.ids), 8) if (whole.labels[at + 1 : at + 8] != IGNORE).any()]
+    assert 0 < len(starts) < -(-len(whole.ids) // 8)
+    for piece, at in zip(pieces, starts, strict=True):
+        assert np.array_equal(piece.ids, whole.ids[at : at + 8])
+        assert np.array_equal(piece.labels, whole.labels[at : at + 8])
+    (none,) = encode_many(CHATML, tokenizer, [ROUNDS], max_length=1, truncation="split")
+    assert isinstance(none, DataError) and "no trained token after cutting" in none.what
+
+
 def test_no_trained_token_left_is_an_error(tokenizer):
     with pytest.raises(DataError, match="no trained token after cutting"):
         encode(CHATML, tokenizer, ROUNDS, max_length=5, truncation="right")
@@ -218,7 +243,7 @@ PAIRS = st.lists(st.tuples(TEXTS, TEXTS.filter(bool)), min_size=1, max_size=3).m
 @given(
     conversations=st.lists(st.one_of(PAIRS, st.lists(TURNS, max_size=5)), max_size=6),
     name=st.sampled_from(sorted(TEMPLATES)),
-    loss_scale=st.sampled_from(["default", "last_round", "all"]),
+    loss_scale=st.sampled_from(NAMES),
     truncation=st.sampled_from(["delete", "left", "right", "raise"]),
     max_length=st.one_of(st.none(), st.integers(1, 120)),
 )
@@ -237,6 +262,8 @@ def test_batch_equals_single(bos_tokenizer, conversations, name, loss_scale, tru
             (outcome,) = outcome
             assert np.array_equal(outcome.ids, single.ids)
             assert np.array_equal(outcome.labels, single.labels)
+            assert (outcome.weights is None) == (single.weights is None)
+            assert outcome.weights is None or np.array_equal(outcome.weights, single.weights)
             assert outcome.ids.dtype == outcome.labels.dtype == np.int32
 
 
@@ -260,3 +287,34 @@ def test_decoding_gives_the_text_back(tokenizer, messages, name):
     assert tokenizer.decode(sample.ids.tolist()) == expected_text(template, messages)
     replies = "".join(message.content + template.suffix for message in messages[1::2])
     assert trained(sample, tokenizer) == replies
+
+
+CALLS = st.dictionaries(st.sampled_from(["a", "b"]), st.one_of(st.integers(), st.text(max_size=4)), max_size=2)
+TOOL_STEPS = st.lists(st.tuples(CALLS, st.lists(TEXTS, min_size=1, max_size=2)), max_size=2)
+QUESTIONS = st.lists(st.tuples(TEXTS, TOOL_STEPS, TEXTS.filter(bool)), min_size=1, max_size=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(questions=QUESTIONS, agent=st.sampled_from(["hermes", "llama3"]), system=st.sampled_from([None, "", "S"]))
+def test_any_legal_conversation_trains_exactly_its_replies_and_calls(tokenizer, questions, agent, system):
+    template = replace(LLAMA3 if agent == "llama3" else CHATML, agent_template=agent)
+    messages, replies = [] if system is None else [Message("system", system)], []
+    for question, steps, answer in questions:
+        messages.append(Message("user", question))
+        for arguments, responses in steps:
+            call = {"name": "f", "arguments": arguments}
+            messages.append(Message("tool_call", json.dumps(call)))
+            messages += [Message("tool_response", response) for response in responses]
+            if agent == "hermes":
+                replies.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+            else:
+                replies.append(json.dumps({"name": "f", "parameters": arguments}, ensure_ascii=False))
+        messages.append(Message("assistant", answer))
+        replies.append(answer)
+    sample = encode(template, tokenizer, Conversation(messages, ('{"name": "f"}',)))
+    assert trained(sample, tokenizer) == "".join(reply + template.suffix for reply in replies)
+    text = tokenizer.decode(sample.ids.tolist())
+    at = 0
+    for message in messages:  # every text is there, in order
+        if message.role in ("user", "tool_response", "assistant"):
+            at = text.index(message.content, at) + len(message.content)

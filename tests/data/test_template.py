@@ -9,7 +9,7 @@ from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.data.encode import encode, encode_prompt, stop_ids, stop_strings
 from megatron_swift.data.template import split_places
-from megatron_swift.data.templates import TEMPLATES, get_template
+from megatron_swift.data.templates import TEMPLATES, get_template, load_template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import IGNORE, Message
 from megatron_swift.utils.errors import DataError, UsageError
@@ -122,3 +122,57 @@ def test_stop_ids_and_strings(tokenizer):
     assert stop_strings(TEMPLATES["chatml"], tokenizer) == []
     unknown = replace(TEMPLATES["chatml"], stop_words=("<|end|>",))
     assert stop_strings(unknown, tokenizer) == ["<|end|>"]
+
+
+def test_enable_thinking(tokenizer):
+    empty = "<think>\n\n</think>\n\n"
+    plain, off, on = (load_template("qwen3", tokenizer, enable_thinking=value) for value in (None, False, True))
+    opened = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    texts = {
+        name: (
+            tokenizer.decode(encode_prompt(template, tokenizer, talk("a"))),
+            marked(encode(template, tokenizer, talk("a", "XY")), tokenizer),
+        )
+        for name, template in (("plain", plain), ("off", off), ("on", on))
+    }
+    masked, whole = f"{opened}{empty}⟦XY<|im_end|>\n⟧", f"{opened}⟦XY<|im_end|>\n⟧"
+    assert texts == {"plain": (opened, masked), "off": (opened + empty, masked), "on": (opened, whole)}
+    for name in ("llama3", "qwq", "chatml"):
+        with pytest.raises(UsageError, match=f"the template '{name}' has no such choice") as caught:
+            load_template(name, tokenizer, enable_thinking=False)
+        assert "qwen3" in caught.value.do
+
+
+def test_an_empty_thinking_part_only_where_the_reply_has_none(tokenizer):
+    template, thought = get_template("qwen3"), "<think>\nt\n</think>\n\nZW"
+    text = marked(encode(template, tokenizer, talk("a", thought, "b", "XY")), tokenizer)
+    assert f"⟦{thought}<|im_end|>" in text and text.endswith("<think>\n\n</think>\n\n⟦XY<|im_end|>\n⟧")
+    everything = encode(template, tokenizer, talk("a", "XY"), loss_scale="all")
+    assert np.array_equal(everything.ids, everything.labels)
+
+
+def test_earlier_thoughts_are_dropped_where_only_the_last_round_is_trained(tokenizer):
+    thought = "<think>\nt\n</think>\n\nZW"
+    for name in ("qwen3", "qwq", "deepseek_r1"):
+        template = get_template(name)
+        messages = talk("a", thought, "b", thought)
+        prompt = encode_prompt(template, tokenizer, messages[:-1], response_prefix="")
+        last = encode(template, tokenizer, messages, loss_scale="last_round")
+        assert tokenizer.decode(last.ids.tolist()).startswith(tokenizer.decode(prompt))
+        assert marked(last, tokenizer).endswith(f"⟦{thought}{template.suffix}⟧")
+        kept = [messages[0], replace(messages[1], train=True), *messages[2:]]
+        assert marked(encode(template, tokenizer, kept, loss_scale="last_round"), tokenizer).count(f"⟦{thought}") == 2
+    plain = encode(TEMPLATES["chatml"], tokenizer, talk("a", thought, "b", "XY"), loss_scale="last_round")
+    assert "<think>" in tokenizer.decode(plain.ids.tolist())
+
+
+def test_a_template_of_the_users_own(tokenizer):
+    mine = replace(TEMPLATES["chatml"], name="mine", default_system="Today is {date}.", prefix="{date}|")
+    template = load_template("mine", tokenizer, date=DATE, registered={"mine": mine})
+    assert template.prefix == "05 Mar 2025|"
+    with pytest.raises(UsageError, match="no template named 'mien'") as caught:
+        load_template("mien", tokenizer, registered={"mine": mine})
+    assert "did you mean mine" in caught.value.do
+    odd = replace(mine, agent_template="none")
+    with pytest.raises(UsageError, match="names the agent template 'none'"):
+        load_template("mine", tokenizer, registered={"mine": odd})

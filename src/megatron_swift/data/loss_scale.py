@@ -56,7 +56,7 @@ def weigh(text: str, loss_scale: LossScale, *, begins: bool = True) -> list[tupl
     """
     scale = _SCALES.get(loss_scale)
     if scale is None:
-        return [(text, 1.0)]
+        return [(text, 1.0)] if text else []
     if scale.anchored:
         found = scale.pattern.match(text) if begins else None
         parts = [] if found is None else [(found.group(), scale.whole)]
