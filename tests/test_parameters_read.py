@@ -31,7 +31,7 @@ ELSEWHERE = {
     "load_data_args": "args/inherit.py",
 }
 # What export is told of the template it does not use: it goes into the args.json that training and inference inherit from.
-CARRIED = {"swift export": set(params_of(TemplateParams))}
+CARRIED = {"swift export": {*params_of(TemplateParams), "custom_register_path", "external_plugins"}}
 
 
 def names_read(file: Path) -> set[str]:

@@ -62,7 +62,6 @@ def test_defaults_obey_their_own_rules():
         (SftArguments, "--loss_scale agentflan", "documented nowhere", ""),
         (SftArguments, "--template_date 30.4.2025", "a date such as 2025-04-30", ""),
         (SftArguments, "--interleave_prob 0.5 0", "must be above 0", ""),
-        (SftArguments, "--external_plugins a.py", "registering", "leave it out"),
         (InferArguments, "--infer_backend vllm", "another engine", "leave it at pt"),
         (InferArguments, "--num_beams 2", "beam search", "leave it at 1"),
         (ExportArguments, "--safe_serialization false", "pickled", "leave it at true"),

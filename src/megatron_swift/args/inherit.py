@@ -18,7 +18,11 @@ from megatron_swift.utils.log import get_logger
 ARGS_JSON = "args.json"
 SOURCES = ("model", "mcore_model", "load")
 ALWAYS = ("use_chat_template",)  # a model trained on plain text must be used with plain text
-NEVER = ("max_length", "hub_token", "load_args", "load_data_args", "ignore_args_error")
+# The last two run code, which an args.json that came with a model must not choose.
+NEVER = (
+    *("max_length", "hub_token", "load_args", "load_data_args", "ignore_args_error"),
+    *("custom_register_path", "external_plugins"),
+)
 
 A = TypeVar("A", bound=Arguments)
 

@@ -41,9 +41,9 @@ class ModelSourceParams(Arguments):
         not_yet="settings of special models",
     )
     custom_register_path: list[str] = param(
-        [], "Python files that register models, templates or data sets.", not_yet="registering from files"
+        [], "Python files of yours that add templates (TEMPLATES) or data sets (DATASETS). They are run: trust them."
     )
-    external_plugins: list[str] = param([], "Python files that extend the product.", not_yet="registering from files")
+    external_plugins: list[str] = param([], "The same as custom_register_path.")
     ignore_args_error: bool = param(False, "Only warn about unknown parameters, for scripts shared with other tools.")
 
 
