@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data import by_hand, compare
+from test_data_parallel import by_hand, compare
 from test_layouts import on_layout
 
 from megatron_swift.data.types import IGNORE

@@ -1,6 +1,6 @@
 """Every layout gives the numbers of one process: loss, gradient norm, evaluation and each parameter after three optimizer steps.
 
-The reference computes by hand, sequence by sequence, and uses nothing of the engine (test_data.by_hand). Rows are packed and ragged, micro-batches
+The reference computes by hand, sequence by sequence, and uses nothing of the engine (test_data_parallel.by_hand). Rows are packed and ragged, micro-batches
 hold from none to all of their tokens trained, the vocabulary is prime, the layers are five.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_data import CLIP, LR, OPTIMIZER, Result, by_hand, compare, samples_of_steps
+from test_data_parallel import CLIP, LR, OPTIMIZER, Result, by_hand, compare, samples_of_steps
 
 from megatron_swift.data.loader import collate
 from megatron_swift.data.types import IGNORE
