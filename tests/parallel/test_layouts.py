@@ -1,6 +1,7 @@
 """Every layout gives the numbers of one process: loss, gradient norm, evaluation and each parameter after three optimizer steps.
 
-The reference computes by hand, sequence by sequence, and uses nothing of the engine (test_data_parallel.by_hand). Rows are packed and ragged, micro-batches
+The reference computes by hand, sequence by sequence, and uses nothing of the engine
+(test_data_parallel.by_hand). Rows are packed and ragged, micro-batches
 hold from none to all of their tokens trained, the vocabulary is prime, the layers are five.
 """
 

@@ -58,7 +58,9 @@ def test_report_and_clip(folder, batches, clip):
     assert report.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     assert report.grad_norm == pytest.approx(norm, rel=1e-12) and norm > 0.6  # before clipping
     assert (report.loss_scale, report.skipped) == (1.0, False)
-    assert report.counts.trained == len(torch.cat(losses)) and report.counts.tokens == sum(len(b.tokens) - b.padding for b in batches)
+    assert report.counts.trained == len(torch.cat(losses)) and report.counts.tokens == sum(
+        len(b.tokens) - b.padding for b in batches
+    )
     coefficient = 0.5 / (norm + 1e-6) if clip == 0.5 else 1.0
     for name, parameter in model.named_parameters():
         applied = before[name] - engine.shards.by_name[name].master.detach()
