@@ -29,6 +29,7 @@ from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.commands.chat_template import asked_template, chosen_template
 from megatron_swift.commands.run_folder import make_run_dir, write_run_files
 from megatron_swift.data.encode import LossScale
+from megatron_swift.data.histogram import text_histogram
 from megatron_swift.data.prepare import DataOptions, Prepared, prepare
 from megatron_swift.data.show import render_sample
 from megatron_swift.data.template import Template
@@ -288,6 +289,7 @@ def _print_banner(setup: RunSetup, reason: str, prepared: Prepared, tokenizer: T
     for name, text in lines.items():
         print(f"{name:14s} {text}")
     print(prepared.report.table())
+    print(text_histogram(prepared.train.sample_tokens, max_length=args.max_length))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("first sample, trained tokens " + ("in green:" if colour else "in ⟦ ⟧:"))
     print(render_sample(prepared.first, tokenizer, colour=colour), flush=True)
