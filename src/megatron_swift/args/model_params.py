@@ -41,7 +41,8 @@ class ModelSourceParams(Arguments):
         not_yet="settings of special models",
     )
     custom_register_path: list[str] = param(
-        [], "Python files of yours that add templates (TEMPLATES) or data sets (DATASETS). They are run: trust them."
+        [],
+        "Python files of yours that add templates (TEMPLATES), data sets (DATASETS) or model families (FAMILIES). They are run: trust them.",
     )
     external_plugins: list[str] = param([], "The same as custom_register_path.")
     ignore_args_error: bool = param(False, "Only warn about unknown parameters, for scripts shared with other tools.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 
-from megatron_swift.args.commands import DataShowArguments, InferArguments, TrainArguments
+from megatron_swift.args.commands import DataShowArguments, ExportArguments, InferArguments, TrainArguments
 from megatron_swift.data.plugins import load_plugins
 from megatron_swift.data.template import Template
 from megatron_swift.data.templates import JINJA, load_template
 from megatron_swift.data.tokenizer import Tokenizer
+from megatron_swift.models.families import Family
 from megatron_swift.utils.errors import UsageError
 
 Asking = TrainArguments | InferArguments | DataShowArguments
@@ -29,14 +30,23 @@ def asked_template(args: Asking) -> str | None:
     return JINJA
 
 
+def user_families(args: Asking | ExportArguments) -> tuple[Family, ...]:
+    """The model families that the user's own files add."""
+    paths = [*args.custom_register_path, *args.external_plugins]
+    families = load_plugins(paths).families
+    for one in families:
+        if not isinstance(one, Family):
+            raise UsageError(
+                f"--custom_register_path {' '.join(paths)}: FAMILIES holds {one!r}",
+                do="fill it with objects of megatron_swift.models.families.Family",
+            )
+    return families
+
+
 def chosen_template(args: Asking, name: str, tokenizer: Tokenizer) -> Template:
     """The template of that name, with what the arguments say about it."""
     paths = [*args.custom_register_path, *args.external_plugins]
     plugins = load_plugins(paths)
-    if plugins.families:
-        raise UsageError(
-            f"--custom_register_path {' '.join(paths)}: FAMILIES is not built yet in this version", do="leave it out"
-        )
     for one in plugins.templates:
         if not isinstance(one, Template):
             raise UsageError(

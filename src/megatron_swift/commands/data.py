@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_swift.args.commands import DataShowArguments
 from megatron_swift.args.inherit import inherit
-from megatron_swift.commands.chat_template import asked_template, chosen_template
+from megatron_swift.commands.chat_template import asked_template, chosen_template, user_families
 from megatron_swift.commands.setup import data_options
 from megatron_swift.data.cache import PackedRows
 from megatron_swift.data.histogram import draw_histogram, text_histogram
@@ -66,7 +66,13 @@ def _template(args: DataShowArguments, folder: Path, tokenizer: Tokenizer) -> tu
     name = asked_template(args)
     if not (folder / "config.json").is_file() and name is not None:
         return chosen_template(args, name, tokenizer), "as told by the arguments", None
-    described = describe(folder, model_type=args.model_type, template=name, chat_template=tokenizer.chat_template)
+    described = describe(
+        folder,
+        model_type=args.model_type,
+        template=name,
+        chat_template=tokenizer.chat_template,
+        extra=user_families(args),
+    )
     template = chosen_template(args, described.template, tokenizer)
     return template, described.reason, described.config.max_position_embeddings
 

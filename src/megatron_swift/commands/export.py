@@ -16,6 +16,7 @@ from megatron_swift.args.dump import to_json
 from megatron_swift.args.inherit import inherit
 from megatron_swift.args.rules import TRACKER, check_export, check_output_dir
 from megatron_swift.checkpoint.companions import CONFIG, FOLDER, copy_companions
+from megatron_swift.commands.chat_template import user_families
 from megatron_swift.commands.setup import find_model
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.models.families import Described, describe
@@ -36,7 +37,13 @@ def run(args: ExportArguments) -> None:
     load = Path(args.mcore_model) if args.to_hf and args.mcore_model else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     chat_template = Tokenizer.load(model_dir).chat_template
-    described = describe(model_dir, model_type=args.model_type, template=args.template, chat_template=chat_template)
+    described = describe(
+        model_dir,
+        model_type=args.model_type,
+        template=args.template,
+        chat_template=chat_template,
+        extra=user_families(args),
+    )
     out = output_dir(args, load or model_dir)
     check_output_dir(str(out), exist_ok=args.exist_ok)
     began = time.time()

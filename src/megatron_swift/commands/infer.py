@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_swift.args.commands import InferArguments
 from megatron_swift.args.inherit import inherit
 from megatron_swift.args.rules import TRACKER, check_infer
-from megatron_swift.commands.chat_template import asked_template, chosen_template
+from megatron_swift.commands.chat_template import asked_template, chosen_template, user_families
 from megatron_swift.commands.setup import system_text, world_size
 from megatron_swift.data.registry import Identity
 from megatron_swift.data.sources import make_lookup
@@ -53,6 +53,7 @@ def run(args: InferArguments) -> None:
         model_type=args.model_type,
         template=asked_template(args),
         chat_template=tokenizer.chat_template,
+        extra=user_families(args),
     )
     questions = _questions(args)
     path = Path(args.result_path).expanduser() if args.result_path else None

@@ -26,7 +26,7 @@ from megatron_swift.args.rules import (
 )
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.layout import tensor_specs
-from megatron_swift.commands.chat_template import asked_template, chosen_template
+from megatron_swift.commands.chat_template import asked_template, chosen_template, user_families
 from megatron_swift.commands.run_folder import make_run_dir, write_run_files
 from megatron_swift.data.encode import LossScale
 from megatron_swift.data.histogram import text_histogram
@@ -35,7 +35,7 @@ from megatron_swift.data.show import render_sample
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.models.families import describe
+from megatron_swift.models.families import Described, describe
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.hub import local_model
 from megatron_swift.utils.log import get_logger
@@ -104,7 +104,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(model_dir)
     asked = asked_template(args)
-    described = describe(model_dir, model_type=args.model_type, template=asked, chat_template=tokenizer.chat_template)
+    described = _described(args, model_dir, asked, tokenizer)
     template = chosen_template(args, described.template, tokenizer)
     model = override(described.config, args)
     check_lengths(args, max_position_embeddings=model.max_position_embeddings)
@@ -155,6 +155,16 @@ def _shape(model: ModelConfig) -> Shape:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         ffn_hidden_size=model.ffn_hidden_size,
+    )
+
+
+def _described(args: TrainArguments, model_dir: Path, template: str | None, tokenizer: Tokenizer) -> Described:
+    return describe(
+        model_dir,
+        model_type=args.model_type,
+        template=template,
+        chat_template=tokenizer.chat_template,
+        extra=user_families(args),
     )
 
 

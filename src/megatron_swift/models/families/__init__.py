@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +37,23 @@ class Described:
     reason: str
 
 
-def describe(folder: Path, *, model_type: str | None, template: str | None, chat_template: str | None) -> Described:
+def describe(
+    folder: Path,
+    *,
+    model_type: str | None,
+    template: str | None,
+    chat_template: str | None,
+    extra: Sequence[Family] = (),
+) -> Described:
     """Read config.json and settle family, model type and template; the user's own choices win.
 
     folder may be a snapshot whose name says nothing: the model type is then found by the markers of `chat_template`.
+    extra : a user's own families, which go before ours.
     Raises CheckpointError for an unsupported architecture and UsageError when the template cannot be told.
     """
     hf = read_json(folder / "config.json")
     architectures = hf.get("architectures") or []
-    family = next((f for f in FAMILIES.values() if set(f.architectures) & set(architectures)), None)
+    family = next((f for f in (*extra, *FAMILIES.values()) if set(f.architectures) & set(architectures)), None)
     if family is None:
         known = ", ".join(a for f in FAMILIES.values() for a in f.architectures)
         raise CheckpointError(
