@@ -34,6 +34,12 @@ class Inherited(NamedTuple):
     values: dict[str, Any]
     source: Path | None
 
+    def announce(self) -> None:
+        """Log in one line what was taken over, if anything was."""
+        if self.values:
+            taken = ", ".join(f"{name}={value!r}" for name, value in self.values.items())
+            get_logger().info("from %s: %s", self.source, taken)
+
 
 def inherit(args: A, *, warn: bool = True) -> Inherited:
     """`args` with each model and template setting that is None or an empty list filled from args.json.

@@ -36,8 +36,7 @@ def show(args: DataShowArguments, env: Mapping[str, str] = os.environ) -> None:
     Raises the SwiftError of whatever is wrong.
     """
     inherited = inherit(args)
-    if inherited.values:
-        get_logger().info("from %s: %s", inherited.source, ", ".join(f"{k}={v!r}" for k, v in inherited.values.items()))
+    inherited.announce()
     args = inherited.args
     if args.model is None or not args.dataset:
         raise UsageError("megatron data show needs --dataset and --model", do="the model's folder needs no weights")

@@ -22,7 +22,6 @@ from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.models.families import Described, describe
 from megatron_swift.utils.errors import CheckpointError
 from megatron_swift.utils.files import fsync_folder, storage_errors, write_json
-from megatron_swift.utils.log import get_logger
 
 ARGS = "args.json"
 
@@ -30,8 +29,7 @@ ARGS = "args.json"
 def run(args: ExportArguments) -> None:
     """Convert as the arguments say. Raises the SwiftError of whatever is wrong; a half-written folder is never left under its name."""
     inherited = inherit(args)
-    if inherited.values:
-        get_logger().info("from %s: %s", inherited.source, ", ".join(f"{k}={v!r}" for k, v in inherited.values.items()))
+    inherited.announce()
     args = inherited.args
     check_export(args)
     load = Path(args.mcore_model) if args.to_hf and args.mcore_model else None

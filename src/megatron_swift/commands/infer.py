@@ -74,8 +74,7 @@ def run(args: InferArguments) -> None:
 
 def _complete(args: InferArguments, env: Mapping[str, str]) -> InferArguments:
     inherited = inherit(args)
-    if inherited.values:
-        get_logger().info("from %s: %s", inherited.source, ", ".join(f"{k}={v!r}" for k, v in inherited.values.items()))
+    inherited.announce()
     args = inherited.args
     processes = world_size(env)
     check_infer(args, world_size=processes)

@@ -96,8 +96,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     Raises the SwiftError of whatever is wrong; nothing has been started then.
     """
     inherited = inherit(args)
-    if inherited.values:
-        get_logger().info("from %s: %s", inherited.source, ", ".join(f"{k}={v!r}" for k, v in inherited.values.items()))
+    inherited.announce()
     args = inherited.args
     check_train(args, world_size=world_size(env), env=env)
     load = Path(args.load) if args.load is not None and (Path(args.load) / TRACKER).is_file() else None

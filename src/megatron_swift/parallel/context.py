@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.kernels.block_attention import Blocks, attend, attend_backward, merge
+from megatron_swift.parallel.collectives import all_gather, reduce_scatter
 from megatron_swift.parallel.mesh import Axis
 
 KINDS = ("all_gather", "p2p", "a2a")
@@ -141,17 +142,14 @@ class _AllGather(torch.autograd.Function):
             grad_q[at] = part.to(q.dtype)
         both = torch.stack((grad_keys, grad_values), 1)[segments.place]
         assert axis.group is not None
-        mine = both.new_empty((len(k), *both.shape[1:]))
-        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(mine, both.contiguous(), group=axis.group)
+        mine = reduce_scatter(both, axis.group)
         return grad_q, mine[:, 0].to(k.dtype), mine[:, 1].to(v.dtype), None, None
 
 
 def _gather_pair(k: Tensor, v: Tensor, segments: ContextSegments, axis: Axis) -> tuple[Tensor, Tensor]:
     """All ranks' keys and values in global order."""
-    both = torch.stack((k, v), 1)
-    whole = both.new_empty((axis.size * len(both), *both.shape[1:]))
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, both, group=axis.group)
-    whole = whole[segments.order]
+    assert axis.group is not None
+    whole = all_gather(torch.stack((k, v), 1), axis.group)[segments.order]
     return whole[:, 0].contiguous(), whole[:, 1].contiguous()
 
 
