@@ -50,10 +50,10 @@ def make_engine(folder: Path, dtype: torch.dtype, mesh: Mesh | None = None, **op
 
 
 def under_hugging_face_names(tensors: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """Our parameters, or their gradients, cut into the tensors of a Hugging Face folder."""
-    layout = hugging_face_tensors(tensor_specs(cfg).values())
+    """Our parameters, or their gradients, cut into the tensors of a Hugging Face model; it keeps a layer's experts stacked."""
+    layout = hugging_face_tensors(tensor_specs(cfg, stacked_experts=True).values())
     return {
-        name: torch.cat([tensors[part.name][part.start : part.start + part.rows] for part in tensor.parts])
+        name: torch.cat([tensors[p.name][p.start : p.start + p.rows] for p in tensor.parts]).view(tensor.shape)
         for name, tensor in layout.items()
     }
 

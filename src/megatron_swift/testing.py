@@ -29,7 +29,31 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
-_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+_EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
+_QWEN_EXPERTS = _EXPERTS | {
+    "num_experts": 4,
+    "moe_intermediate_size": 24,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False, "head_dim": 32, "attention_bias": False},
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "qwen2_moe": {"use_sliding_window": False, "shared_expert_intermediate_size": 40, "norm_topk_prob": False}
+    | _QWEN_EXPERTS,
+    "qwen3_moe": {"use_sliding_window": False, "head_dim": 32, "attention_bias": False, "norm_topk_prob": True}
+    | _QWEN_EXPERTS,
+    "mixtral": {"sliding_window": None, "num_local_experts": 4} | _EXPERTS,
+}
 _WORDS = "the of and to in is you that it for was are with as his they be at one have this from what were we when your can said"
 
 
@@ -46,7 +70,8 @@ def make_tiny_model(
 ) -> Path:
     """Write a complete random model into `folder` (created if need be) and return it; the same arguments give the same bytes.
 
-    family     : qwen2 (biases on q, k, v), qwen3 (q/k norms, head size 32) or llama. Its own chat template is ChatML.
+    family     : qwen2 (biases on q, k, v), qwen3 (q/k norms, head size 32), llama, or with 4 experts qwen2_moe (a shared one besides),
+                 qwen3_moe or mixtral. The model's own chat template is ChatML.
     vocab_size : rows of the embedding. The tokenizer has fewer tokens: bytes, some English words, SPECIAL_TOKENS last.
     dtype      : float32, bfloat16 or float16, of the stored weights.
     config     : entries of config.json to change or add, such as hidden_size, rope_theta or rope_scaling.
@@ -71,9 +96,7 @@ def make_tiny_model(
         "torch_dtype": dtype,
         "bos_token_id": tokens["<|endoftext|>"],
         "eos_token_id": tokens["<|im_end|>"],
-        **({"head_dim": 32, "attention_bias": False} if family == "qwen3" else {}),
-        **({"attention_bias": False, "mlp_bias": False} if family == "llama" else {}),
-        **({"use_sliding_window": False} if family != "llama" else {}),
+        **_CONFIGS[family],
         **config,
     }
     _write(folder / "config.json", hf)
@@ -136,21 +159,45 @@ def _weights(hf: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor
         at = f"model.layers.{layer}"
         for kind, count in (("q", heads), ("k", groups), ("v", groups)):
             matrix(f"{at}.self_attn.{kind}_proj", count * head_dim, hidden)
-            if hf["model_type"] == "qwen2":
+            if hf["model_type"].startswith("qwen2"):
                 bias = torch.randn(count * head_dim, generator=generator) * 0.3
                 weights[f"{at}.self_attn.{kind}_proj.bias"] = bias
-            if hf["model_type"] == "qwen3" and kind in "qk":
+            if hf["model_type"].startswith("qwen3") and kind in "qk":
                 norm(f"{at}.self_attn.{kind}_norm", head_dim)
         matrix(f"{at}.self_attn.o_proj", hidden, heads * head_dim)
-        matrix(f"{at}.mlp.gate_proj", inner, hidden)
-        matrix(f"{at}.mlp.up_proj", inner, hidden)
-        matrix(f"{at}.mlp.down_proj", hidden, inner)
+        _mlp(hf, layer, matrix)
         norm(f"{at}.input_layernorm", hidden)
         norm(f"{at}.post_attention_layernorm", hidden)
     norm("model.norm", hidden)
     if not hf["tie_word_embeddings"]:
         matrix("lm_head", hf["vocab_size"], hidden)
     return weights
+
+
+def _mlp(hf: dict[str, Any], layer: int, matrix: Callable[..., None]) -> None:
+    """The dense MLP of a layer, or its experts."""
+    hidden, at = hf["hidden_size"], f"model.layers.{layer}.mlp"
+
+    def swiglu(at: str, inner: int, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> None:
+        gate, up, down = names
+        matrix(f"{at}.{gate}", inner, hidden)
+        matrix(f"{at}.{up}", inner, hidden)
+        matrix(f"{at}.{down}", hidden, inner)
+
+    if "num_local_experts" in hf:
+        at = f"model.layers.{layer}.block_sparse_moe"
+        matrix(f"{at}.gate", hf["num_local_experts"], hidden, 0.5)
+        for expert in range(hf["num_local_experts"]):
+            swiglu(f"{at}.experts.{expert}", hf["intermediate_size"], ("w1", "w3", "w2"))
+    elif "num_experts" not in hf or layer in hf["mlp_only_layers"] or (layer + 1) % hf["decoder_sparse_step"]:
+        swiglu(at, hf["intermediate_size"])
+    else:
+        matrix(f"{at}.gate", hf["num_experts"], hidden, 0.5)
+        for expert in range(hf["num_experts"]):
+            swiglu(f"{at}.experts.{expert}", hf["moe_intermediate_size"])
+        if hf.get("shared_expert_intermediate_size"):
+            swiglu(f"{at}.shared_expert", hf["shared_expert_intermediate_size"])
+            matrix(f"{at}.shared_expert_gate", 1, hidden)
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_weights import config, pieces_of_rank, random_weights, rows_of_rank
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_swift.checkpoint.dcp import METADATA_JSON, DcpFolder, MegatronWeights, lazy_piece, piece_of, save_pieces
+from megatron_swift.checkpoint.dcp import METADATA_JSON, DcpFolder, MegatronWeights, lazy_piece, pieces_of, save_pieces
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.testing import run_ranks
 from megatron_swift.utils.errors import CheckpointError, StorageError
@@ -157,7 +157,7 @@ def test_missing_weights(tmp_path):
 def test_hole_in_a_tensor(tmp_path):
     """One layer's rows were never written: they are not served as whatever lay in memory."""
     spec = SPECS["output_layer.weight"]
-    save_pieces(tmp_path, [piece_of(spec, WEIGHTS[spec.name][:4], 0, num_layers=3)], distributed=False)
+    save_pieces(tmp_path, pieces_of(spec, WEIGHTS[spec.name][:4], 0, num_layers=3), distributed=False)
     files = DcpFolder(tmp_path)
     assert torch.equal(files.read(spec.name, (0, 0), (4, 8)), WEIGHTS[spec.name][:4])
     with pytest.raises(CheckpointError, match="do not cover"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_swift.checkpoint.dcp import Piece, piece_of
+from megatron_swift.checkpoint.dcp import Piece, pieces_of
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.families import describe
@@ -97,5 +97,5 @@ def pieces_of_rank(
     found = []
     for name, spec in specs.items():
         rows = rows_of_rank(spec.shape[0], rank, ranks)
-        found.append(piece_of(spec, weights[name][rows], rows.start, num_layers=num_layers))
+        found += pieces_of(spec, weights[name][rows], rows.start, num_layers=num_layers)
     return found

@@ -43,6 +43,12 @@ CASES = [
     Case("qwen3", False, {"head_dim": 24, "num_key_value_heads": 1}),
     Case("llama", True, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     Case("llama", False, {"rope_theta": None, "rope_parameters": {**LLAMA3, "rope_theta": 1e4}}),
+    Case("qwen2_moe", True, {"mlp_only_layers": [1]}),
+    Case("qwen2_moe", False, {"norm_topk_prob": True}),
+    Case("qwen3_moe", True, {"norm_topk_prob": False, "num_experts_per_tok": 3}),
+    Case("qwen3_moe", False, {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    Case("mixtral", True),
+    Case("mixtral", False, {"num_local_experts": 3}),
     Case("llama", False, {"num_key_value_heads": 4, "rope_theta": None, "rope_parameters": {"rope_theta": 1e3}}),
 ]
 

@@ -58,35 +58,37 @@ class Piece:
     shape: tuple[int, ...]
 
 
-def piece_of(
+def pieces_of(
     spec: TensorSpec,
     rows: Tensor,
     start: int,
     *,
     num_layers: int,
-    column: int = 0,
+    columns: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     prefix: str = "",
-) -> Piece:
-    """The piece that holds rows from `start` (and columns from `column`) of a parameter; a layer's piece lies in its stacked tensor.
+) -> list[Piece]:
+    """The pieces that hold rows from `start` (of `columns`) of a parameter; a layer's lie in its stacked tensor.
 
     dtype : what they are cast to when they are written, so that no second copy of the model is made; None keeps theirs.
     """
-    kept = dtype or rows.dtype
-    offset, shape = (start, column)[: len(spec.shape)], spec.shape
-    if spec.layer is None:
-        return Piece(prefix + spec.megatron_key, lambda: rows.to(kept), kept, tuple(rows.shape), offset, shape)
-    key, size = prefix + spec.megatron_key, (1, *rows.shape)
-    return Piece(key, lambda: rows[None].to(kept), kept, size, (spec.layer, *offset), (num_layers, *shape))
+    kept, key, shape = dtype or rows.dtype, prefix + spec.megatron_key, spec.megatron_shape(num_layers)
+
+    def reader(part: Tensor, size: tuple[int, ...]) -> Callable[[], Tensor]:
+        return lambda: part.to(kept).reshape(size)
+
+    return [
+        Piece(key, reader(rows[first - start : last - start], size), kept, size, offset, shape)
+        for (first, last), offset, size in spec.megatron_boxes(start, start + len(rows), columns)
+    ]
 
 
 def lazy_piece(spec: TensorSpec, read: Callable[[], Tensor], dtype: torch.dtype, *, num_layers: int) -> Piece:
     """The piece of a whole parameter that `read` fetches when it is written, in `dtype`."""
-    zeros = (0,) * len(spec.shape)
-    if spec.layer is None:
-        return Piece(spec.megatron_key, read, dtype, spec.shape, zeros, spec.shape)
-    size, shape = (1, *spec.shape), (num_layers, *spec.shape)
-    return Piece(spec.megatron_key, lambda: read()[None], dtype, size, (spec.layer, *zeros), shape)
+    (_, offset, size), *rest = spec.megatron_boxes(0, spec.shape[0])
+    assert not rest
+    shape = spec.megatron_shape(num_layers)
+    return Piece(spec.megatron_key, lambda: read().reshape(size), dtype, size, offset, shape)
 
 
 class _SavePieces(DefaultSavePlanner):
@@ -323,7 +325,7 @@ class MegatronWeights:
             self._check_shape(spec)
 
     def _check_shape(self, spec: TensorSpec) -> None:
-        whole = (self.num_layers, *spec.shape) if spec.layer is not None else spec.shape
+        whole = spec.megatron_shape(self.num_layers)
         if self.files.shape(spec.megatron_key) != whole:
             raise CheckpointError(
                 f"{self.files.folder}: {spec.megatron_key} has shape {self.files.shape(spec.megatron_key)}, the model needs {whole}"
@@ -339,10 +341,10 @@ class MegatronWeights:
         prefix: str = "",
     ) -> Tensor:
         """Rows [start, stop), columns [columns) of a parameter, or with a prefix of its optimizer state."""
-        rows = (spec.shape[0] if stop is None else stop) - start
-        offset, shape = [start, *[0] * (len(spec.shape) - 1)], [rows, *spec.shape[1:]]
-        if columns is not None:
-            offset[1], shape[1] = columns[0], columns[1] - columns[0]
-        if spec.layer is None:
-            return self.files.read(prefix + spec.megatron_key, tuple(offset), tuple(shape))
-        return self.files.read(prefix + spec.megatron_key, (spec.layer, *offset), (1, *shape))[0]
+        stop = spec.shape[0] if stop is None else stop
+        width = spec.shape[1:] if columns is None else (columns[1] - columns[0],)
+        parts = [
+            self.files.read(prefix + spec.megatron_key, offset, size).reshape(last - first, *width)
+            for (first, last), offset, size in spec.megatron_boxes(start, stop, columns)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

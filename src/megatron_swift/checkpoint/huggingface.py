@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_swift.checkpoint.companions import copy_companions
-from megatron_swift.checkpoint.layout import HuggingFaceTensor, TensorSpec, hugging_face_tensors, tensor_specs
+from megatron_swift.checkpoint.layout import (
+    Block,
+    HuggingFaceTensor,
+    TensorSpec,
+    hugging_face_tensors,
+    tensor_specs,
+    whole_blocks,
+)
 from megatron_swift.checkpoint.safetensors_io import INDEX, SafetensorsFolder, write_safetensors
 from megatron_swift.checkpoint.weights import TORCH_DTYPES, WeightSource, list_names
 from megatron_swift.models.config import ModelConfig
@@ -19,6 +27,7 @@ from megatron_swift.utils.errors import CheckpointError
 # Keys that some folders carry and that say nothing new: old transformers saved rotary frequencies; a tied head may be saved twice.
 _REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq$")
 _TIED_COPY = "lm_head.weight"
+_STACKED = ".experts.gate_up_proj"
 
 
 class HuggingFaceWeights:
@@ -29,7 +38,8 @@ class HuggingFaceWeights:
 
     def __init__(self, folder: Path, cfg: ModelConfig):
         self.folder, self.files = folder, SafetensorsFolder(folder)
-        expected = hugging_face_tensors(tensor_specs(cfg).values())
+        self.specs = tensor_specs(cfg, stacked_experts=has_stacked_experts(self.files.file_of))
+        expected = hugging_face_tensors(self.specs.values())
         present = {name for name in self.files.file_of if not _REDUNDANT.match(name)}
         if cfg.tied_embeddings:
             present.discard(_TIED_COPY)
@@ -55,18 +65,37 @@ class HuggingFaceWeights:
         self, spec: TensorSpec, start: int = 0, stop: int | None = None, *, columns: tuple[int, int] | None = None
     ) -> Tensor:
         """Rows [start, stop), columns [columns) of one of our parameters; only those are read from disk."""
+        blocks = self.specs[spec.name].blocks
         stop = spec.shape[0] if stop is None else stop
         parts, row = [], 0
-        where = (slice(*columns),) if columns is not None else ()
-        for block in spec.blocks:
+        for block in blocks:
             first, last = max(start, row), min(stop, row + block.rows)
             if first < last:
-                rows = slice(block.start + first - row, block.start + last - row)
-                parts.append(self.files.slice(block.hf_name)[(rows, *where)])
+                parts += self._block(block, block.start + first - row, block.start + last - row, columns)
             row += block.rows
         if not parts:  # an empty slice, of a rank that holds no row
-            return self.files.slice(spec.blocks[0].hf_name)[(slice(0, 0), *where)]
+            parts = self._block(blocks[0], 0, 0, columns)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _block(self, block: Block, start: int, stop: int, columns: tuple[int, int] | None) -> list[Tensor]:
+        """Rows [start, stop) of a tensor; of a stack of experts the rows are counted through."""
+        tensor, where = self.files.slice(block.hf_name), (slice(*columns),) if columns is not None else ()
+        if not block.experts:
+            return [tensor[(slice(start, stop), *where)]]
+        size = tensor.get_shape()[1]
+        found = []
+        for first, last in whole_blocks(start, stop, size):
+            expert, row = divmod(first, size)
+            whole = (last - first) % size == 0
+            rows = slice(0, size) if whole else slice(row, row + last - first)
+            experts = slice(expert, expert + (last - first) // size) if whole else slice(expert, expert + 1)
+            found.append(tensor[(experts, rows, *where)].flatten(0, 1))
+        return found
+
+
+def has_stacked_experts(names: Iterable[str]) -> bool:
+    """Whether a folder's tensors hold all experts of a layer together, as transformers 5 keeps them, and not one by one."""
+    return any(name.endswith(_STACKED) for name in names)
 
 
 def parse_size(text: str) -> int:
@@ -79,16 +108,24 @@ def parse_size(text: str) -> int:
 
 
 def write_hugging_face(
-    source: WeightSource, cfg: ModelConfig, out: Path, *, like: Path, dtype: str, max_shard_size: int
+    source: WeightSource,
+    cfg: ModelConfig,
+    out: Path,
+    *,
+    like: Path,
+    dtype: str,
+    max_shard_size: int,
+    stacked_experts: bool = False,
 ) -> None:
     """Write a complete Hugging Face folder `out` (which exists and is empty) from `source`, one tensor in memory at a time.
 
     like  : the folder whose config, tokenizer, template and generation files are copied; only the dtype in config.json changes.
     dtype : "float32", "bfloat16" or "float16", the type of the written weights.
     max_shard_size : bytes of weights per file; a larger tensor gets a file of its own.
+    stacked_experts : write a layer's experts as one tensor (transformers 5 in memory) instead of one by one, which all readers know.
     The result depends on nothing but the weights: writing it twice, or from another layout, gives the same bytes.
     """
-    specs = tensor_specs(cfg)
+    specs = tensor_specs(cfg, stacked_experts=stacked_experts)
     tensors = hugging_face_tensors(specs.values())
     copy_companions(like, out, config=False)
     _write_config(like / "config.json", out / "config.json", dtype)
@@ -98,7 +135,7 @@ def write_hugging_face(
 
     def read(name: str) -> Tensor:
         parts = [source.read(specs[p.name], p.start, p.start + p.rows).to(torch_dtype) for p in tensors[name].parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tensors[name].shape)
 
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -6,6 +6,7 @@ along dim 0; import, export and resume all follow from that one list.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,45 +18,98 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 
 @dataclass(frozen=True)
 class Block:
-    """`rows` rows of a Hugging Face tensor, from row `start`."""
+    """`rows` rows of a Hugging Face tensor, from row `start`.
+
+    experts : the tensor has one more axis in front, of this many experts, whose rows are counted through; 0: it is a matrix.
+    """
 
     hf_name: str
     start: int
     rows: int
+    experts: int = 0
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One parameter of the whole model: its name, global shape and the Hugging Face rows it is made of."""
+    """One parameter of the whole model: its name, global shape and the Hugging Face rows it is made of.
+
+    stacked : in a Megatron-Core checkpoint layers of one kind lie stacked under one key along a first axis; where dense and sparse
+              layers are mixed, each has a key of its own.
+    experts : the parameter holds this many equal blocks of rows, one per expert, which a checkpoint keeps apart along an axis; 0: none.
+    """
 
     name: str
     shape: tuple[int, ...]
     blocks: tuple[Block, ...]
+    stacked: bool = True
+    experts: int = 0
 
     @property
     def layer(self) -> int | None:
-        """The layer's number, None outside the layers."""
+        """The layer's number in its stack, None where there is none."""
         match = _LAYER.match(self.name)
-        return int(match[1]) if match else None
+        return int(match[1]) if match and self.stacked else None
 
     @property
     def megatron_key(self) -> str:
-        """The name in a Megatron-Core checkpoint, where layers of one kind are stacked under one key along a first axis."""
+        """The name in a Megatron-Core checkpoint."""
         match = _LAYER.match(self.name)
-        return f"decoder.layers.{match[2]}" if match else self.name
+        name = f"decoder.layers.{match[2]}" if match and self.stacked else self.name
+        return name.replace(".mlp.experts.", ".mlp.experts.experts.")
+
+    def megatron_shape(self, num_layers: int) -> tuple[int, ...]:
+        """The shape of the tensor of `megatron_key` in a model of `num_layers`."""
+        shape = (self.experts, self.shape[0] // self.experts, *self.shape[1:]) if self.experts else self.shape
+        return (num_layers, *shape) if self.layer is not None else shape
+
+    def megatron_boxes(
+        self, start: int, stop: int, columns: tuple[int, int] | None = None
+    ) -> list[tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]]]:
+        """Rows [start, stop) of the parameter as boxes of that tensor, in order: (rows, offset, size) each, at most three."""
+        stack = (self.layer,) if self.layer is not None else ()
+        column: tuple[int, ...] = tuple(0 for _ in self.shape[1:])
+        width = self.shape[1:]
+        if columns is not None:
+            column, width = (columns[0],), (columns[1] - columns[0],)
+        if not self.experts:
+            return [((start, stop), (*stack, start, *column), (*(1 for _ in stack), stop - start, *width))]
+        found, block = [], self.shape[0] // self.experts
+        for first, last in whole_blocks(start, stop, block):
+            expert, row = divmod(first, block)
+            experts, rows = ((last - first) // block, block) if (last - first) % block == 0 else (1, last - first)
+            found.append(
+                ((first, last), (*stack, expert, row, *column), (*(1 for _ in stack), experts, rows, *width))
+            )
+        return found
 
 
-def tensor_specs(cfg: ModelConfig) -> dict[str, TensorSpec]:
-    """Every parameter of the model, in the order of a Hugging Face folder."""
+def whole_blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """[start, stop) cut so that each part is whole blocks of `size` or lies inside one."""
+    first, last = -(-start // size) * size, stop // size * size
+    if first > last:
+        return [(start, stop)]
+    cuts = [(start, first), (first, last), (last, stop)]
+    return [(a, b) for a, b in cuts if a < b] or [(start, stop)]
+
+
+def tensor_specs(cfg: ModelConfig, *, stacked_experts: bool = False) -> dict[str, TensorSpec]:
+    """Every parameter of the model, in the order of a Hugging Face folder.
+
+    stacked_experts : the folder holds all experts of a layer in one tensor, as transformers 5 keeps them in memory, not one by one.
+    """
     vocab, hidden = cfg.vocab_size, cfg.hidden_size
     specs = [_plain("embedding.word_embeddings.weight", "model.embed_tokens.weight", (vocab, hidden))]
     for i in range(cfg.num_layers):
         specs += _attention(cfg, f"decoder.layers.{i}.self_attention.", f"model.layers.{i}.")
-        specs += _mlp(cfg, f"decoder.layers.{i}.mlp.", f"model.layers.{i}.")
+        if cfg.is_sparse(i):
+            specs += _moe(cfg, f"decoder.layers.{i}.", f"model.layers.{i}.", stacked=stacked_experts)
+        else:
+            specs += _mlp(cfg, f"decoder.layers.{i}.mlp.", f"model.layers.{i}.")
     specs.append(_plain("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
     if not cfg.tied_embeddings:
         specs.append(_plain("output_layer.weight", "lm_head.weight", (vocab, hidden)))
-    return {spec.name: spec for spec in specs}
+    mixed = cfg.moe is not None and not all(cfg.moe.sparse_layers)
+    return {spec.name: dataclasses.replace(spec, stacked=not mixed) for spec in specs}
 
 
 def _plain(name: str, hf_name: str, shape: tuple[int, ...]) -> TensorSpec:
@@ -98,6 +152,38 @@ def _mlp(cfg: ModelConfig, ours: str, theirs: str) -> list[TensorSpec]:
     ]
 
 
+def _moe(cfg: ModelConfig, ours: str, theirs: str, *, stacked: bool) -> list[TensorSpec]:
+    moe, hidden = cfg.moe, cfg.hidden_size
+    assert moe is not None
+    inner, number, names = moe.ffn_hidden_size, moe.num_experts, moe.names
+    at, mlp = f"{theirs}{'mlp' if stacked else names.module}.", f"{ours}mlp."
+    gate_up: list[Block] = []
+    down: list[Block] = []
+    if stacked:
+        gate_up.append(Block(f"{at}experts.gate_up_proj", 0, number * 2 * inner, experts=number))
+        down.append(Block(f"{at}experts.down_proj", 0, number * hidden, experts=number))
+    else:
+        for expert in range(number):
+            gate_up.append(Block(f"{at}experts.{expert}.{names.gate}.weight", 0, inner))
+            gate_up.append(Block(f"{at}experts.{expert}.{names.up}.weight", 0, inner))
+            down.append(Block(f"{at}experts.{expert}.{names.down}.weight", 0, hidden))
+    specs = [
+        _plain(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", (hidden,)),
+        _plain(f"{mlp}router.weight", f"{at}gate.weight", (number, hidden)),
+        TensorSpec(f"{mlp}experts.linear_fc1.weight", (number * 2 * inner, hidden), tuple(gate_up), experts=number),
+        TensorSpec(f"{mlp}experts.linear_fc2.weight", (number * hidden, inner), tuple(down), experts=number),
+    ]
+    if moe.shared_size:
+        size, shared = moe.shared_size, f"{at}shared_expert"
+        both = (Block(f"{shared}.gate_proj.weight", 0, size), Block(f"{shared}.up_proj.weight", 0, size))
+        specs += [
+            TensorSpec(f"{mlp}shared_experts.linear_fc1.weight", (2 * size, hidden), both),
+            _plain(f"{mlp}shared_experts.linear_fc2.weight", f"{shared}.down_proj.weight", (hidden, size)),
+            _plain(f"{mlp}shared_experts.gate_weight", f"{at}shared_expert_gate.weight", (1, hidden)),
+        ]
+    return specs
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows of one of our parameters that fill `rows` rows of a Hugging Face tensor from row `hf_start`."""
@@ -121,16 +207,24 @@ def hugging_face_tensors(specs: Iterable[TensorSpec]) -> dict[str, HuggingFaceTe
     """The inverse of the table: every tensor a Hugging Face folder of this model holds, in order of first appearance."""
     parts: dict[str, list[Part]] = {}
     trailing: dict[str, tuple[int, ...]] = {}
+    experts: dict[str, int] = {}
     for spec in specs:
         row = 0
         for block in spec.blocks:
             parts.setdefault(block.hf_name, []).append(Part(spec.name, row, block.start, block.rows))
             trailing[block.hf_name] = spec.shape[1:]
+            experts[block.hf_name] = block.experts
             row += block.rows
         assert row == spec.shape[0], spec
     return {
         name: HuggingFaceTensor(
-            name, (sum(p.rows for p in found), *trailing[name]), tuple(sorted(found, key=lambda p: p.hf_start))
+            name,
+            _whole_shape(sum(p.rows for p in found), trailing[name], experts[name]),
+            tuple(sorted(found, key=lambda p: p.hf_start)),
         )
         for name, found in parts.items()
     }
+
+
+def _whole_shape(rows: int, trailing: tuple[int, ...], experts: int) -> tuple[int, ...]:
+    return (experts, rows // experts, *trailing) if experts else (rows, *trailing)

@@ -13,6 +13,39 @@ from megatron_swift.utils.errors import CheckpointError
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+@dataclass(frozen=True)
+class ExpertNames:
+    """How a Hugging Face folder calls a layer's mixture of experts and the three matrices of one of them."""
+
+    module: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The sparse layers of a mixture of experts.
+
+    topk         : experts that each token goes to.  ffn_hidden_size: inner width of an expert.
+    shared_size  : inner width of the expert that every token goes to, 0 without one; its output is gated by a sigmoid.
+    pre_softmax  : softmax over all experts before the choice, weights as they are; otherwise over the chosen ones, weights sum to 1.
+    sparse_layers: for each layer of the model whether it has experts; the others are dense.
+    aux_loss_coeff: what the model was made with; a run may use another.
+    experts_here : experts that a rank holds under expert parallelism; None: all of them.
+    """
+
+    num_experts: int
+    topk: int
+    ffn_hidden_size: int
+    shared_size: int
+    pre_softmax: bool
+    sparse_layers: tuple[bool, ...]
+    aux_loss_coeff: float = 0.0
+    experts_here: int | None = None
+    names: ExpertNames = ExpertNames()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Field names are Megatron's.
@@ -36,6 +69,7 @@ class ModelConfig:
     qkv_bias: bool
     qk_layernorm: bool
     dtype: str
+    moe: MoEConfig | None = None
 
     @property
     def qkv_rows(self) -> int:
@@ -46,6 +80,10 @@ class ModelConfig:
     def heads_per_group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_query_groups
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.moe is not None and self.moe.sparse_layers[layer]
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
@@ -99,6 +137,26 @@ def common_fields(hf: dict[str, Any]) -> dict[str, Any]:
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
         dtype=read_dtype(hf),
     )
+
+
+def sparse_layers(hf: dict[str, Any]) -> tuple[bool, ...]:
+    """Which layers have experts, from Qwen's `decoder_sparse_step` (every n-th layer) and `mlp_only_layers`."""
+    step, dense = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or ()
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(_need(hf, "num_hidden_layers")))
+
+
+def read_moe(hf: dict[str, Any], *, experts: str, inner: str, **fields: Any) -> MoEConfig | None:
+    """The experts of a config.json whose keys for their number and inner width are `experts` and `inner`.
+
+    fields : shared_size, pre_softmax and sparse_layers, which families read each in their own way. None where no layer is sparse.
+    """
+    number, topk = _need(hf, experts), _need(hf, "num_experts_per_tok")
+    if not 1 <= topk <= number:
+        raise CheckpointError(f"config.json: num_experts_per_tok {topk} of {number} experts is not possible")
+    if not any(fields["sparse_layers"]):
+        return None
+    coeff = float(hf.get("router_aux_loss_coef") or 0.0)
+    return MoEConfig(num_experts=number, topk=topk, ffn_hidden_size=_need(hf, inner), aux_loss_coeff=coeff, **fields)
 
 
 def read_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:

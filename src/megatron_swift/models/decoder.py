@@ -11,19 +11,43 @@ from torch import Tensor, nn
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.kernels.cross_entropy import linear_cross_entropy
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.models.layers import Attention, Embedding, Linear, RMSNorm, Seam, TransformerLayer, identity
+from megatron_swift.models.layers import MLP, Attention, Embedding, Linear, RMSNorm, Seam, identity
+from megatron_swift.models.moe import MoELayer
 from megatron_swift.models.rope import Rotary
+from megatron_swift.models.routing import Routing
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Rotation = tuple[Tensor, Tensor]
-# run(layers, x [T, H], cos and sin, segments) -> [T, H]
-LayerRunner = Callable[[Sequence[TransformerLayer], Tensor, Rotation, Segments], Tensor]
 
 
-def run_layers(layers: Sequence[TransformerLayer], x: Tensor, rotary: Rotation, segments: Segments) -> Tensor:
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and MLP, or experts, with residual connections. `number` counts from 0 over the whole model."""
+
+    def __init__(self, cfg: ModelConfig, number: int):
+        super().__init__()
+        self.self_attention = Attention(cfg)
+        # A dense MLP has its norm inside, under Megatron-Core's names; the router and all experts share one.
+        self.pre_mlp_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon) if cfg.is_sparse(number) else None
+        self.mlp = MoELayer(cfg, number) if cfg.is_sparse(number) else MLP(cfg)
+
+    def forward(self, x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None = None) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        x = x + self.self_attention(x, rotary, segments)
+        if self.pre_mlp_layernorm is None:
+            return x + self.mlp(x)
+        return x + self.mlp(self.pre_mlp_layernorm(x), routing)
+
+
+# run(layers, x [T, H], cos and sin, segments, routing) -> [T, H]
+LayerRunner = Callable[[Sequence[TransformerLayer], Tensor, Rotation, Segments, Routing | None], Tensor]
+
+
+def run_layers(
+    layers: Sequence[TransformerLayer], x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None = None
+) -> Tensor:
     """One layer after the other, keeping every activation."""
     for layer in layers:
-        x = layer(x, rotary, segments)
+        x = layer(x, rotary, segments, routing)
     return x
 
 
@@ -33,6 +57,7 @@ class Row:
 
     tokens, positions int64 [T]; segments of the row; index int64 [N]: the positions that carry loss, targets int64 [N]: what they
     must predict. Only those N positions reach the vocabulary, which is exact and saves the logits of every prompt token.
+    routing: what a mixture of experts must know of the row, None for a dense model.
     """
 
     tokens: Tensor
@@ -41,6 +66,7 @@ class Row:
     index: Tensor
     targets: Tensor
     weights: Tensor | None = None
+    routing: Routing | None = None
 
 
 class Blocks(nn.Module):
@@ -48,7 +74,7 @@ class Blocks(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layers: range, *, last: bool):
         super().__init__()
-        self.layers = nn.ModuleDict({str(i): TransformerLayer(cfg) for i in layers})
+        self.layers = nn.ModuleDict({str(i): TransformerLayer(cfg, i) for i in layers})
         self.final_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon) if last else None
 
 
@@ -93,12 +119,17 @@ class Decoder(nn.Module):
         for attention in self.attentions:
             attention.core = core
 
-    def hidden_states(self, x: Tensor, positions: Tensor, segments: Segments) -> Tensor:
+    @property
+    def sparse(self) -> list[MoELayer]:
+        """The layers' mixtures of experts, in order."""
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+
+    def hidden_states(self, x: Tensor, positions: Tensor, segments: Segments, routing: Routing | None = None) -> Tensor:
         """tokens int64 [T] (first stage) or hidden [T, H] -> hidden [T, H], normalised on the last stage."""
         if self.first:
             assert self.embedding is not None
             x = self.embedding.word_embeddings(x)
-        x = self.run_layers(self.layers, x, self.rotary(positions, x.dtype), segments)
+        x = self.run_layers(self.layers, x, self.rotary(positions, x.dtype), segments, routing)
         return x if self.decoder.final_layernorm is None else self.decoder.final_layernorm(x)
 
     def output_weight(self) -> Tensor:
@@ -117,7 +148,7 @@ class Decoder(nn.Module):
 
         hidden : what the previous stage handed on, None on the first. scale : a 0-dim tensor (float32; float64 for a float64 model).
         """
-        x = self.hidden_states(row.tokens if hidden is None else hidden, row.positions, row.segments)
+        x = self.hidden_states(row.tokens if hidden is None else hidden, row.positions, row.segments, row.routing)
         if not self.last:
             return x
         if row.weights is not None:

@@ -49,23 +49,27 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T, W [out, in]. `leave` is applied to y: the sum over ranks, where each holds some of the columns."""
+    """y = x W^T, W [out, in]. `leave` is applied to y: the sum over ranks, where each holds some of the columns.
 
+    `enter` is applied to x: where ranks hold some of the rows each, it makes the gradient of the input whole.
+    """
+
+    enter: Seam
     leave: Seam
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = new_parameter(out_features, in_features)
-        self.leave = identity
+        self.enter = self.leave = identity
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(F.linear(x, self.weight))
+        return self.leave(F.linear(self.enter(x), self.weight))
 
 
 class NormLinear(nn.Module):
     """A linear layer that first applies its RMSNorm; one module, because Megatron-Core saves both under one name.
 
-    `enter` stands between the two: where ranks hold some of the rows each, it makes the gradient of the normalised input whole.
+    `enter` stands between the two, as in Linear.
     """
 
     enter: Seam
@@ -137,17 +141,3 @@ class MLP(nn.Module):
         """x [T, H] -> [T, H]."""
         gate, up = self.linear_fc1(x).chunk(2, dim=-1)
         return self.linear_fc2(F.silu(gate) * up)
-
-
-class TransformerLayer(nn.Module):
-    """Pre-norm attention and MLP with residual connections."""
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.self_attention = Attention(cfg)
-        self.mlp = MLP(cfg)
-
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """x [T, H] -> [T, H]."""
-        x = x + self.self_attention(x, rotary, segments)
-        return x + self.mlp(x)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_swift.kernels.attention import AttentionCore, Segments
-from megatron_swift.models.decoder import LayerRunner, Rotation, run_layers
-from megatron_swift.models.layers import TransformerLayer
+from megatron_swift.models.decoder import LayerRunner, Rotation, TransformerLayer, run_layers
+from megatron_swift.models.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,17 @@ def layer_runner(options: Recompute) -> LayerRunner:
     assert options.num_layers is not None
     size, uniform = options.num_layers, options.method == "uniform"
 
-    def run(layers: Sequence[TransformerLayer], x: Tensor, rotary: Rotation, segments: Segments) -> Tensor:
+    def run(
+        layers: Sequence[TransformerLayer], x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None
+    ) -> Tensor:
         if not x.requires_grad:
-            return run_layers(layers, x, rotary, segments)
+            return run_layers(layers, x, rotary, segments, routing)
         chunks = (
             [layers[i : i + size] for i in range(0, len(layers), size)] if uniform else [[y] for y in layers[:size]]
         )
         for chunk in chunks:
-            x = checkpoint(run_layers, chunk, x, rotary, segments, use_reentrant=False)  # type: ignore[assignment]
-        return x if uniform else run_layers(layers[size:], x, rotary, segments)
+            x = checkpoint(run_layers, chunk, x, rotary, segments, routing, use_reentrant=False)  # type: ignore[assignment]
+        return x if uniform else run_layers(layers[size:], x, rotary, segments, routing)
 
     return run
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_swift.checkpoint.dcp import MegatronWeights, Piece, piece_of, save_pieces
+from megatron_swift.checkpoint.dcp import MegatronWeights, Piece, pieces_of, save_pieces
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.checkpoint.weights import WeightSource
 from megatron_swift.parallel.mesh import Mesh
@@ -66,13 +66,10 @@ def pieces(
             kinds += [(optimizer.state(shard, n), f"optimizer.state.{n}.", shard.master.dtype) for n in optimizer.names]
         for box in shard.boxes:
             if box.owned:
-                column = box.columns[0] if box.columns else 0
                 for tensor, prefix, stored in kinds:
                     rows = tensor[box.local : box.local + box.rows]
-                    found.append(
-                        piece_of(
-                            spec, rows, box.start, num_layers=num_layers, column=column, dtype=stored, prefix=prefix
-                        )
+                    found += pieces_of(
+                        spec, rows, box.start, num_layers=num_layers, columns=box.columns, dtype=stored, prefix=prefix
                     )
     return found
 

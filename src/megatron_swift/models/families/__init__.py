@@ -9,11 +9,14 @@ from pathlib import Path
 from megatron_swift.models.config import ModelConfig, read_json
 from megatron_swift.models.families.family import Family, ModelType
 from megatron_swift.models.families.llama import LLAMA
+from megatron_swift.models.families.mixtral import MIXTRAL
 from megatron_swift.models.families.qwen2 import QWEN2
+from megatron_swift.models.families.qwen2_moe import QWEN2_MOE
 from megatron_swift.models.families.qwen3 import QWEN3
+from megatron_swift.models.families.qwen3_moe import QWEN3_MOE
 from megatron_swift.utils.errors import CheckpointError, UsageError
 
-FAMILIES = {family.name: family for family in (LLAMA, QWEN2, QWEN3)}
+FAMILIES = {family.name: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, QWEN2_MOE, MIXTRAL)}
 
 # Markers of a chat template, most particular first, for models whose folder name says nothing.
 _TEMPLATE_MARKERS = (
