@@ -6,6 +6,7 @@ A rank's layers are the plain modules, built with its share of the heads, the fe
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import Tensor
 from megatron_swift.kernels.cross_entropy import VocabularyShard, chunked_linear_cross_entropy
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder
-from megatron_swift.models.layers import TransformerLayer
+from megatron_swift.models.moe import MoELayer
 from megatron_swift.parallel.collectives import Copy, Gather, Reduce, Scatter
 from megatron_swift.parallel.mesh import Axis
 from megatron_swift.parallel.tensor_overlap import FusedProducts, overlap
@@ -26,8 +27,13 @@ def local_config(cfg: ModelConfig, tp: int) -> ModelConfig:
     heads = cfg.num_attention_heads // tp
     groups = max(cfg.num_query_groups // tp, 1)
     rows = -(-cfg.vocab_size // tp)
+    moe = cfg.moe and dataclasses.replace(cfg.moe, shared_size=cfg.moe.shared_size // tp)
     return cfg.replace(
-        num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=cfg.ffn_hidden_size // tp, vocab_size=rows
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=cfg.ffn_hidden_size // tp,
+        vocab_size=rows,
+        moe=moe,
     )
 
 
@@ -116,10 +122,13 @@ def install(
     def leave(x: Tensor) -> Tensor:
         return Scatter.apply(x, group) if sequence_parallel else Reduce.apply(x, group)  # type: ignore[no-any-return]
 
-    for layer in model.decoder.layers.values():
-        assert isinstance(layer, TransformerLayer)
-        layer.self_attention.linear_qkv.enter = layer.mlp.linear_fc1.enter = enter
-        layer.self_attention.linear_proj.leave = layer.mlp.linear_fc2.leave = leave
+    for layer in model.layers:
+        layer.self_attention.linear_qkv.enter = enter
+        layer.self_attention.linear_proj.leave = leave
+        dense = layer.mlp.shared_experts if isinstance(layer.mlp, MoELayer) else layer.mlp
+        if dense is not None:
+            dense.linear_fc1.enter = enter
+            dense.linear_fc2.leave = leave
         if products is not None:
             overlap(layer, products)
     rows = -(-cfg.vocab_size // tp.size)
