@@ -6,9 +6,9 @@ all-gather of keys and values, a ring that passes them on (p2p), and an exchange
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,14 @@ from megatron_swift.parallel.collectives import all_gather, reduce_scatter
 from megatron_swift.parallel.mesh import Axis
 
 KINDS = ("all_gather", "p2p", "a2a")
+
+
+class KeyBlocks(NamedTuple):
+    """Keys that a chunk of queries of every segment sees. keys: their global positions; causal: the mask of square blocks."""
+
+    blocks: Blocks
+    keys: Tensor
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,34 @@ class ContextSegments(Segments):
     order: Tensor
     place: Tensor
     halves: tuple[Tensor, Tensor]
+    _seen: dict[int, tuple[KeyBlocks, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def chunks(self) -> list[int]:
         """Tokens per chunk of each segment."""
         return [length // (2 * self.cp) for length in self.lengths]
+
+    def seen_by(self, number: int) -> tuple[KeyBlocks, ...]:
+        """What query chunk `number` of every segment sees: its own square, and the rectangle of all keys before it unless it is the first.
+
+        Made once per row: every layer and both passes get the same tensors.
+        """
+        if number not in self._seen:
+            self._seen[number] = tuple(self._key_blocks(number))
+        return self._seen[number]
+
+    def _key_blocks(self, number: int) -> Iterator[KeyBlocks]:
+        chunks, device = self.chunks, self.order.device
+        own, before, start = [], [], 0
+        for length, chunk in zip(self.lengths, chunks, strict=True):
+            own.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+            before.append(torch.arange(start, start + number * chunk))
+            start += length
+        yield KeyBlocks(Blocks.of(chunks, chunks), torch.cat(own).to(device), True)
+        if number:
+            yield KeyBlocks(
+                Blocks.of(chunks, [number * chunk for chunk in chunks]), torch.cat(before).to(device), False
+            )
 
 
 def zigzag(lengths: Sequence[int], *, cp: int, rank: int) -> Tensor:
@@ -82,21 +113,6 @@ def context_core(kind: str, axis: Axis, inner: AttentionCore) -> AttentionCore:
     return core
 
 
-def _key_blocks(segments: ContextSegments, number: int) -> tuple[Blocks, Tensor, Blocks, Tensor]:
-    """For query chunk `number` of every segment: its own square block, and the rectangle of all keys before it, as block sizes with the
-    global positions of their keys."""
-    chunks = segments.chunks
-    own, before, start = [], [], 0
-    for length, chunk in zip(segments.lengths, chunks, strict=True):
-        own.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
-        before.append(torch.arange(start, start + number * chunk))
-        start += length
-    device = segments.order.device
-    square = Blocks.of(chunks, chunks)
-    rectangle = Blocks.of(chunks, [number * chunk for chunk in chunks])
-    return square, torch.cat(own).to(device), rectangle, torch.cat(before).to(device)
-
-
 class _AllGather(torch.autograd.Function):
     """Keys and values of all ranks are gathered; in the backward pass they are gathered again rather than kept."""
 
@@ -105,10 +121,10 @@ class _AllGather(torch.autograd.Function):
         keys, values = _gather_pair(k, v, segments, axis)
         out, log_sums = torch.empty_like(q), []
         for half, number in enumerate((axis.rank, 2 * axis.size - 1 - axis.rank)):
-            square, own, rectangle, before = _key_blocks(segments, number)
             queries = q[segments.halves[half]]
+            (square, own, _), *earlier = segments.seen_by(number)
             part, log_sum = attend(queries, keys[own], values[own], square, causal=True)
-            if len(before):
+            for rectangle, before, _ in earlier:
                 more, more_sum = attend(queries, keys[before], values[before], rectangle, causal=False)
                 part, log_sum = merge(part, log_sum, more, more_sum)
             out[segments.halves[half]] = part.to(q.dtype)
@@ -128,17 +144,15 @@ class _AllGather(torch.autograd.Function):
             *(torch.zeros(x.shape, dtype=exact, device=x.device) for x in (keys, values)),
         )
         for half, number in enumerate((axis.rank, 2 * axis.size - 1 - axis.rank)):
-            square, own, rectangle, before = _key_blocks(segments, number)
             at = segments.halves[half]
             part = torch.zeros(q[at].shape, dtype=exact, device=q.device)
-            for blocks, where, causal in ((square, own, True), (rectangle, before, False)):
-                if len(where):
-                    dq, dk, dv = attend_backward(
-                        grad[at], q[at], keys[where], values[where], out[at], log_sums[half], blocks, causal=causal
-                    )
-                    part += dq
-                    grad_keys[where] += dk
-                    grad_values[where] += dv
+            for blocks, where, causal in segments.seen_by(number):
+                dq, dk, dv = attend_backward(
+                    grad[at], q[at], keys[where], values[where], out[at], log_sums[half], blocks, causal=causal
+                )
+                part += dq
+                grad_keys[where] += dk
+                grad_values[where] += dv
             grad_q[at] = part.to(q.dtype)
         both = torch.stack((grad_keys, grad_values), 1)[segments.place]
         assert axis.group is not None
