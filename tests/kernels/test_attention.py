@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_swift.kernels.attention import Segments, choose_attention, plain_attention, unfused_attention
 
@@ -97,6 +98,29 @@ def test_choice_passes_on_the_softmax_precision():
     """The CPU's own softmax of bfloat16 computes in float32, so the outputs do not tell."""
     choice = choose_attention("unfused", device=CPU, dtype=torch.bfloat16, softmax_in_fp32=False)
     assert choice.core.keywords == {"softmax_in_fp32": False}
+
+
+class KernelsAllowed(TorchFunctionMode):
+    """Notes at each scaled_dot_product_attention whether it may pick cuDNN and flash."""
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return function(*args, **(kwargs or {}))
+
+
+def test_fused_never_picks_cudnn():
+    """It would build a plan for every length of segment; nothing is left switched off for the rest of the program."""
+    core = choose_attention("fused", device=torch.device("cuda"), dtype=torch.bfloat16).core
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with KernelsAllowed() as allowed:
+        run(core, inputs(4, 2, torch.float32))
+    assert allowed.seen == [(False, True)] * len(LENGTHS)
+    assert before and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])

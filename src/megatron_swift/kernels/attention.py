@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and the segments of packed rows all differ.
+SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ AttentionCore = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """One scaled_dot_product_attention per segment: any device, any dtype. The reference of every other kernel here."""
     outputs = []
-    for q_part, k_part, v_part in zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True):
-        q_heads, k_heads, v_heads = (x.transpose(0, 1)[None] for x in (q_part, k_part, v_part))
-        attended = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=True, enable_gqa=True)
-        outputs.append(attended[0].transpose(0, 1))
+    with sdpa_kernel(SDPA_KERNELS):
+        for q_part, k_part, v_part in zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True):
+            q_heads, k_heads, v_heads = (x.transpose(0, 1)[None] for x in (q_part, k_part, v_part))
+            attended = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=True, enable_gqa=True)
+            outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
