@@ -114,7 +114,14 @@ def test_accepted_in_silence(flags, caplog):
     [
         ("--no_rope_fusion true", "--no_rope_fusion true has no effect: PyTorch"),
         ("--transformer_impl local", "--transformer_impl local has no effect"),
-        ("--overlap_grad_reduce", "--overlap_grad_reduce true has no effect: FSDP2 always overlaps"),
+        (
+            "--overlap_grad_reduce",
+            "--overlap_grad_reduce true has no effect: FSDP2 always does so; the whole gradients of no_shard",
+        ),
+        (
+            "--overlap_param_gather",
+            "has no effect: FSDP2 always does so, layer by layer; with no_shard there is nothing",
+        ),
     ],
 )
 def test_a_value_without_effect_is_said(flags, message, caplog):

@@ -128,12 +128,14 @@ class DistributedParams(Arguments):
         not_yet="overlapped tensor-parallel communication",
     )
     overlap_grad_reduce: bool = param(
-        False, "Reduce gradients while the backward pass still runs.", no_effect="FSDP2 always overlaps"
+        False,
+        "Reduce gradients while the backward pass still runs.",
+        no_effect="FSDP2 always does so; the whole gradients of no_shard are always reduced after the backward pass",
     )
     overlap_param_gather: bool = param(
         False,
         "Gather weights while the forward pass runs. Needs use_distributed_optimizer and overlap_grad_reduce.",
-        no_effect="FSDP2 always overlaps",
+        no_effect="FSDP2 always does so, layer by layer; with no_shard there is nothing to gather",
     )
     distributed_timeout_minutes: int = param(
         60, "Give up on a communication that takes longer.", unit="minutes", at_least=1
