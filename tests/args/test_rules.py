@@ -57,6 +57,12 @@ def train(**changes) -> SftArguments:
             "needs --use_distributed_optimizer true",
             "",
         ),
+        (
+            {"tp_comm_overlap": True},
+            "needs a --tensor_model_parallel_size of at least 2",
+            "leave --tp_comm_overlap out",
+        ),
+        ({"tp_comm_overlap": True, "tensor_model_parallel_size": 2}, "needs --sequence_parallel true", "add"),
         ({"use_flash_attn": True, "attention_backend": "local"}, "contradicts --attention_backend local", ""),
         ({"dataset": ["swift/self-cognition#500"]}, "missing: model_name, model_author", "swift-robot"),
         ({"dataset": ["hf::modelscope/Self-Cognition:qwen3"], "model_name": ["a"]}, "missing: model_author", ""),
@@ -70,6 +76,15 @@ def test_train_rules(changes, what, do):
         rules.check_train(train(**changes), world_size=2)
     assert what in e.value.what
     assert do in e.value.do
+
+
+def test_overlap_stays_within_a_machine():
+    """Two machines of four ranks: tp 4 is within each, tp 8 goes over both."""
+    env = {"NNODES": "2", "NPROC_PER_NODE": "4", "MASTER_ADDR": "10.0.0.1", "NODE_RANK": "0"}
+    overlap = {"tp_comm_overlap": True, "sequence_parallel": True, "global_batch_size": 16}
+    rules.check_train(train(**overlap, tensor_model_parallel_size=4), world_size=8, env=env)
+    with pytest.raises(UsageError, match="8 does not divide NPROC_PER_NODE=4"):
+        rules.check_train(train(**overlap, tensor_model_parallel_size=8), world_size=8, env=env)
 
 
 def test_good_runs_pass(checkpoint, caplog):

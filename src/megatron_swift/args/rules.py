@@ -37,6 +37,7 @@ def check_train(args: TrainArguments, *, world_size: int, env: Mapping[str, str]
     _recompute(args)
     _sharding(args)
     _overlap(args)
+    _tensor_overlap(args, env or {})
     _attention(args)
     _sequence_parallel(args)
     _self_cognition(args)
@@ -408,6 +409,31 @@ def _overlap(args: TrainArguments) -> None:
     for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
         if not getattr(args, name):
             raise UsageError(f"--overlap_param_gather true needs --{name} true", do=f"add --{name} true")
+
+
+def _tensor_overlap(args: TrainArguments, env: Mapping[str, str]) -> None:
+    """What can be known before the ranks look at their GPUs."""
+    if not args.tp_comm_overlap:
+        return
+    tp, per_node = args.tensor_model_parallel_size, int(env.get("NPROC_PER_NODE") or 1)
+    if tp == 1:
+        raise UsageError(
+            "--tp_comm_overlap true needs a --tensor_model_parallel_size of at least 2",
+            why="one rank has nothing to communicate",
+            do="leave --tp_comm_overlap out",
+        )
+    if not args.sequence_parallel:
+        raise UsageError(
+            "--tp_comm_overlap true needs --sequence_parallel true",
+            why="its all-gathers and reduce-scatters are what runs beside the matrix products",
+            do="add --sequence_parallel true",
+        )
+    if int(env.get("NNODES") or 1) > 1 and per_node % tp:
+        raise UsageError(
+            f"--tp_comm_overlap true: --tensor_model_parallel_size {tp} does not divide NPROC_PER_NODE={per_node}",
+            why="tensor-parallel ranks on several machines cannot reach each other's GPU memory",
+            do="use a --tensor_model_parallel_size that divides it, or leave --tp_comm_overlap out",
+        )
 
 
 def _attention(args: TrainArguments) -> None:
