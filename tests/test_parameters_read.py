@@ -16,7 +16,7 @@ from megatron_swift.commands.setup import MODEL_FIELDS
 PACKAGE = Path(megatron_swift.__file__).parent
 # Which files may read a command's arguments: the command's own, and what all share.
 SHARED = ("args/rules.py", "args/inherit.py", "commands/chat_template.py", "cli.py", "worker.py", "launch.py")
-TRAINING = ("commands/setup.py", "commands/train.py", "commands/run_folder.py", *SHARED)
+TRAINING = ("commands/setup.py", "commands/train.py", "commands/saving.py", "commands/run_folder.py", *SHARED)
 OWN = {
     "megatron sft": TRAINING,
     "megatron pt": TRAINING,

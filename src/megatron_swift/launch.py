@@ -13,11 +13,14 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from megatron_swift.utils.errors import OutOfMemoryError, SwiftError, UsageError, WorkerError
+from megatron_swift.utils.files import write_text
+from megatron_swift.utils.stop import NOTE, SIGNALS
 
 FAILURES = "MEGATRON_SWIFT_FAILURES"  # the folder in which a failing rank says why
 INTERRUPTED = 130
@@ -85,17 +88,41 @@ def launch(payload: Any, env: Mapping[str, str]) -> int:
 
         # Its own report of a failure names files of its own and comes on top of ours.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        config, command, arguments = config_from_args(
-            parse_args([*torchrun_options(env), "-m", "megatron_swift.worker", str(file)])
-        )
+        # SIGTERM and SIGUSR1 are ours: torchrun would kill the ranks 30 s later, whatever they are saving.
+        options = [*torchrun_options(env), "--signals_to_handle=SIGINT,SIGHUP,SIGQUIT"]
+        config, command, arguments = config_from_args(parse_args([*options, "-m", "megatron_swift.worker", str(file)]))
         try:
-            elastic_launch(config=config, entrypoint=command)(*arguments)
+            with _passing_on(Path(folder) / "stop", SignalException):
+                elastic_launch(config=config, entrypoint=command)(*arguments)
         except ChildFailedError as error:
             return _report(Path(folder), {rank: failure.exitcode for rank, failure in error.failures.items()})
         except SignalException as error:
             print(f"stopped by {signal.Signals(error.sigval).name}", file=sys.stderr)
             return INTERRUPTED if error.sigval == signal.SIGINT else 128 + int(error.sigval)
     return 0
+
+
+@contextlib.contextmanager
+def _passing_on(note: Path, ended: Callable[[str, signal.Signals], BaseException]) -> Iterator[None]:
+    """While it is open, a signal to stop is passed on to the ranks as a note, on which they save and end; a second one ends them now."""
+    os.environ[NOTE] = str(note)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number)
+        if note.exists():
+            raise ended(f"a second {name.name}", name)
+        write_text(note, name.name)
+        print(
+            f"{name.name}: the ranks finish their step, save and stop; a second one ends them at once", file=sys.stderr
+        )
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        del os.environ[NOTE]
 
 
 def _report(folder: Path, exit_codes: Mapping[int, int]) -> int:

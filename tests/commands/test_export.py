@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from megatron_swift.args.commands import ExportArguments, parse
 from megatron_swift.checkpoint.dcp import DcpFolder
-from megatron_swift.checkpoint.publish import published, verify
+from megatron_swift.checkpoint.manifest import verify
+from megatron_swift.checkpoint.publish import published
 from megatron_swift.commands import export
 from megatron_swift.testing import make_tiny_model
 from megatron_swift.utils.errors import CheckpointError, StorageError, UsageError

@@ -12,6 +12,7 @@ import torch
 
 from megatron_swift.checkpoint.dcp import DcpFolder, MegatronWeights
 from megatron_swift.checkpoint.layout import tensor_specs
+from megatron_swift.checkpoint.ranks import all_ranks
 from megatron_swift.parallel import mesh as meshes
 from megatron_swift.testing import make_tiny_model, run_ranks
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
@@ -21,7 +22,7 @@ from megatron_swift.train.state import (
     load_rng,
     load_training_weights,
     read_state,
-    write_state,
+    take_snapshot,
 )
 from megatron_swift.utils.errors import CheckpointError
 from tiny_models import SMALL, make_engine, read_config
@@ -61,8 +62,7 @@ def _write(rank, model, folder, dtype, options, seed):
 
 def _save(mesh, engine, optimizer, model, folder, dtype, state):
     cfg = read_config(model)
-    write_state(
-        folder,
+    snapshot = take_snapshot(
         mesh=mesh,
         shards=engine.shards,
         specs=tensor_specs(cfg),
@@ -72,6 +72,7 @@ def _save(mesh, engine, optimizer, model, folder, dtype, state):
         optimizer=optimizer,
         save_rng=True,
     )
+    snapshot.write(folder, all_ranks())
     meshes.stop()
 
 

@@ -271,7 +271,7 @@ def _weights_source(args: TrainArguments) -> None:
             "no model is given", do="give --load (a Megatron checkpoint) or --model (a Hugging Face model)"
         )
     if args.load is not None:
-        missing = not (Path(args.load) / TRACKER).is_file()
+        missing = not has_checkpoint(Path(args.load))
         if missing and (args.exit_on_missing_checkpoint or args.model is None):
             _holds_checkpoint("--load", args.load)
         if missing:
@@ -281,13 +281,18 @@ def _weights_source(args: TrainArguments) -> None:
         _model_exists(args.model)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a run's: it has a tracker file, or a published checkpoint whose tracker was lost."""
+    return (folder / TRACKER).is_file() or any(folder.glob("iter_*/manifest.json"))
+
+
 def _holds_checkpoint(flag: str, path: str) -> None:
     folder = Path(path)
     if not folder.exists():
         raise UsageError(
             f"{flag} {path} does not exist", do="make it with `swift export --to_mcore true`, or mend the path"
         )
-    if (folder / TRACKER).is_file():
+    if has_checkpoint(folder):
         return
     do = "name the folder of a run or conversion, which holds that file"
     if (folder.parent / TRACKER).is_file():
@@ -298,7 +303,11 @@ def _holds_checkpoint(flag: str, path: str) -> None:
         inner = sorted(p.parent for p in folder.glob(f"*/{TRACKER}")) if folder.is_dir() else []
         if inner:
             do = f"name the run in it, such as {flag} {inner[-1]}"
-    raise UsageError(f"{flag} {path} holds no checkpoint", why=f"there is no {TRACKER} in it", do=do)
+    raise UsageError(
+        f"{flag} {path} holds no checkpoint",
+        why=f"there is neither a {TRACKER} nor a published iter_* folder in it",
+        do=do,
+    )
 
 
 def _model_known(model: str | None, source: str) -> None:

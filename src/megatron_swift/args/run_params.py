@@ -43,6 +43,11 @@ class CheckpointParams(Arguments):
     save_total_limit: int | None = param(
         None, "Keep only this many latest checkpoints of the run. Default: keep all.", at_least=1
     )
+    async_save: bool = param(
+        False,
+        "Write checkpoints beside the training, which waits only until the state is copied to host memory (a second time "
+        "its size per rank). One is written at a time.",
+    )
     save_safetensors: bool = param(False, "Also leave a Hugging Face folder `hf` in each checkpoint.")
     no_save_optim: bool = param(
         False, "Leave the optimizer and schedule out of checkpoints: smaller, but not resumable."

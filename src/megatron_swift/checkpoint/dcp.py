@@ -1,7 +1,7 @@
 """torch.distributed.checkpoint folders in Megatron-Core's `torch_dist` layout, written and read as boxes of global tensors.
 
-A rank hands over the boxes it holds; no DTensor and no flattening stand between them and the disk. `.metadata` is a pickle: it is read
-with an unpickler that knows a handful of harmless classes and refuses all others, so that a foreign folder cannot run code.
+A rank hands over the boxes it holds; no DTensor and no flattening stand between them and the disk. Reading needs no process group, and
+runs nothing that is in a folder (safe_pickle).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_swift.checkpoint.layout import TensorSpec
+from megatron_swift.checkpoint.manifest import Entry, SummedFiles, write_file
+from megatron_swift.checkpoint.safe_pickle import read_metadata
 from megatron_swift.utils.errors import CheckpointError, StorageError
 
 METADATA_JSON = {
@@ -126,70 +128,52 @@ class _SavePieces(DefaultSavePlanner):
         return self.pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)].read().detach().contiguous()
 
 
-def save_pieces(folder: Path, pieces: Sequence[Piece], *, distributed: bool, threads: int = 1) -> None:
-    """Write the pieces of all ranks into `folder`, which exists. With `distributed` every rank must call it. threads: files per rank.
+def save_pieces(
+    folder: Path,
+    pieces: Sequence[Piece],
+    *,
+    distributed: bool,
+    process_group: dist.ProcessGroup | None = None,
+    threads: int = 1,
+) -> dict[str, Entry]:
+    """Write the pieces of all ranks into `folder`, which exists; returns the checksums of the files that this rank wrote.
 
+    With `distributed` every rank of the group (None: the default one) must call it. threads: files per rank.
     What fails on one rank is raised on all of them.
     """
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads)
+    writer.fs = files = SummedFiles()
     kept = [p for p in pieces if math.prod(p.size)]
+    planner = _SavePieces()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is what no_dist asks for
-            dcp.save({"pieces": kept}, storage_writer=writer, planner=_SavePieces(), no_dist=not distributed)
+            dcp.save(
+                {"pieces": kept},
+                storage_writer=writer,
+                planner=planner,
+                process_group=process_group,
+                no_dist=not distributed,
+            )
     except CheckpointException as error:  # a BaseException, which nobody above expects
-        first = min(error.failures.items())[1][0]
-        if "unexpected pos" in str(first):  # all that torch.save says of a disk that is full
-            free = shutil.disk_usage(folder).free / 1e9
-            raise StorageError(
-                f"cannot write to {folder}: a file could not be written to its end",
-                why=f"the disk or a quota is full ({free:.1f} GB free)",
-                do="free space or choose another folder",
-            ) from first
-        raise first from None
-    (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
+        raise _cause(error, folder) from None
+    if planner.is_coordinator:
+        files.entries["metadata.json"] = write_file(folder / "metadata.json", json.dumps(METADATA_JSON).encode())
+    return files.entries
 
 
-_METADATA_CLASSES = (
-    *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
-    *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-)
-_SAFE = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA_CLASSES),
-    *(("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "StorageMeta")),
-    *(("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout")),
-    *(("collections", "OrderedDict"), ("builtins", "set")),
-}
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Knows the classes of a DCP `.metadata`; anything else becomes an inert stand-in, nothing is imported or called for it."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if (module, name) in _SAFE:
-            return super().find_class(module, name)
-        return type(name, (_Unknown,), {})
-
-
-class _Unknown:
-    """Stands for an object whose class we do not import (Megatron's own save plans, for instance)."""
-
-    def __init__(self, *_: Any, **__: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _enum_member(owner: Any, name: str) -> Any:
-    """Enum members are pickled as getattr(class, name): allowed for the one enum a `.metadata` holds."""
-    if getattr(owner, "__name__", "") != "_MEM_FORMAT_ENCODING":
-        raise pickle.UnpicklingError(f"getattr on {owner!r} is not allowed")
-    return owner[name]
+def _cause(error: CheckpointException, folder: Path) -> BaseException:
+    """What the first rank that failed had raised."""
+    first = min(error.failures.items())[1][0]
+    if "unexpected pos" not in str(first):
+        return first
+    # This is all that torch.save says of a disk that is full.
+    free = shutil.disk_usage(folder).free / 1e9
+    return StorageError(
+        f"cannot write to {folder}: a file could not be written to its end",
+        why=f"the disk or a quota is full ({free:.1f} GB free)",
+        do="free space or choose another folder",
+    )
 
 
 @dataclass(frozen=True)
@@ -212,15 +196,16 @@ class _Stored:
     chunks: tuple[_Chunk, ...]
 
 
-def _stored_tensors(metadata: Metadata) -> dict[str, _Stored]:
+def _stored_tensors(metadata: Any) -> dict[str, _Stored]:
     """The tensors of a `.metadata` as plain values. Raises nearly anything where it is damaged or forged."""
     found = {}
+    places = {(index.fqn, index.offset): place for index, place in metadata.storage_data.items()}
     for key, value in metadata.state_dict_metadata.items():
-        if not isinstance(value, TensorStorageMetadata):
+        if type(value).__name__ != TensorStorageMetadata.__name__:
             continue
         shape, dtype, chunks = _ints(value.size), value.properties.dtype, []
         for chunk in value.chunks:
-            info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            info = places[key, chunk.offsets]
             offset, size = _ints(chunk.offsets), _ints(chunk.sizes)
             start, length = _ints((info.offset, info.length))
             if len(offset) != len(shape) or len(size) != len(shape) or not isinstance(dtype, torch.dtype):
@@ -242,8 +227,7 @@ class DcpFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            with open(folder / ".metadata", "rb") as file:
-                self.tensors = _stored_tensors(_SafeUnpickler(file).load())
+            self.tensors = _stored_tensors(read_metadata(folder / ".metadata"))
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder} is not a torch_dist checkpoint: it has no .metadata",

@@ -101,7 +101,8 @@ def _to_mcore(args: ExportArguments, described: Described, model_dir: Path) -> C
     from megatron_swift.checkpoint.dcp import Piece, lazy_piece, save_pieces
     from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
     from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
-    from megatron_swift.checkpoint.publish import publish, single
+    from megatron_swift.checkpoint.publish import publish
+    from megatron_swift.checkpoint.ranks import single
     from megatron_swift.checkpoint.weights import TORCH_DTYPES
 
     cfg = described.config
@@ -134,14 +135,15 @@ def _to_hf(args: ExportArguments, described: Described, model_dir: Path, load: P
     from megatron_swift.checkpoint.dcp import MegatronWeights
     from megatron_swift.checkpoint.huggingface import parse_size, write_hugging_face
     from megatron_swift.checkpoint.layout import tensor_specs
-    from megatron_swift.checkpoint.publish import MANIFEST, latest, verify
+    from megatron_swift.checkpoint.publish import latest
+    from megatron_swift.checkpoint.ranks import single
+    from megatron_swift.checkpoint.verify import first_whole
 
     assert load is not None
     folder = latest(load)
     if folder is None:
         raise CheckpointError(f"--mcore_model {load} holds no checkpoint", do="give a folder that holds iter_* folders")
-    if (folder / MANIFEST).is_file():
-        verify(folder)
+    folder = first_whole([folder], single())  # an older one than the user expects would be exported in silence
     cfg = described.config
     dtype = args.torch_dtype or cfg.dtype
     source = MegatronWeights(folder, tensor_specs(cfg), num_layers=cfg.num_layers)

@@ -16,13 +16,13 @@ from typing import cast
 from megatron_swift.args.commands import DataShowArguments, TrainArguments
 from megatron_swift.args.inherit import inherit
 from megatron_swift.args.rules import (
-    TRACKER,
     Shape,
     check_layout,
     check_lengths,
     check_schedule,
     check_train,
     data_parallel_size,
+    has_checkpoint,
 )
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.layout import tensor_specs
@@ -99,7 +99,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     inherited.announce()
     args = inherited.args
     check_train(args, world_size=world_size(env), env=env)
-    load = Path(args.load) if args.load is not None and (Path(args.load) / TRACKER).is_file() else None
+    load = Path(args.load) if args.load is not None and has_checkpoint(Path(args.load)) else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(model_dir)
     asked = asked_template(args)

@@ -15,12 +15,12 @@ import torch
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
 from megatron_swift.args.rules import virtual_stages
-from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.dcp import MegatronWeights
-from megatron_swift.checkpoint.huggingface import HuggingFaceWeights, write_hugging_face
+from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
 from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
-from megatron_swift.checkpoint.publish import MANIFEST, Group, keep_last, latest, publish, verify
+from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import TORCH_DTYPES
+from megatron_swift.commands.saving import RunFolder, checkpoint_to_load, run_folder, saving
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.data.cache import PackedRows
 from megatron_swift.data.loader import TrainLoader, eval_batches
@@ -43,14 +43,12 @@ from megatron_swift.train.state import (
     load_training_weights,
     load_weights,
     read_state,
-    write_state,
+    take_snapshot,
 )
 from megatron_swift.train.trackers import TrackerOptions
-from megatron_swift.utils.errors import CheckpointError, UsageError
-from megatron_swift.utils.files import write_json
+from megatron_swift.utils.errors import CheckpointError, Stopped, UsageError
 from megatron_swift.utils.log import get_logger
-
-HF_SHARD_BYTES = 5_000_000_000
+from megatron_swift.utils.stop import SIGNALS, StopRequest, listening
 
 
 @dataclasses.dataclass
@@ -58,7 +56,7 @@ class _Run:
     """The parts of a training run on this rank."""
 
     setup: RunSetup
-    run_dir: Path
+    folder: RunFolder
     mesh: Mesh
     engine: Engine
     optimizer: Optimizer
@@ -74,33 +72,53 @@ def run(setup: RunSetup, *, started: float | None = None) -> None:
     mesh = meshes.start(backend=args.distributed_backend, timeout_minutes=args.distributed_timeout_minutes, sizes=sizes)
     try:
         _seed(args)
-        run_dir = next(d for d in mesh.gather_objects(setup.run_dir) if d is not None)
-        marks = [("processes", time.time())]
-        parts = _build(setup, run_dir, mesh)
-        marks.append(("model and weights", time.time()))
-        prepared = open_prepared(setup.data)
-        _check_data(parts, prepared.folder.name)
-        steps = _train_batches(parts, prepared.train)
-        outputs = _outputs(setup, run_dir, mesh) if mesh.rank == 0 else None
-        if mesh.rank == 0:
-            _say_start(parts, started, marks)
-        actions = Actions(evaluate=_evaluation(setup, parts, prepared.val), save=lambda state: _save(parts, state))
-        train(
+        with run_folder(setup) as folder, listening() as request:
+            _train(setup, folder, mesh, request, started)
+    finally:
+        meshes.stop()
+
+
+def _train(setup: RunSetup, folder: RunFolder, mesh: Mesh, request: StopRequest, started: float | None) -> None:
+    marks = [("processes", time.time())]
+    parts = _build(setup, folder, mesh)
+    marks.append(("model and weights", time.time()))
+    prepared = open_prepared(setup.data)
+    _check_data(parts, prepared.folder.name)
+    steps = _train_batches(parts, prepared.train)
+    outputs = _outputs(setup, folder.path, mesh) if mesh.rank == 0 else None
+    if mesh.rank == 0:
+        _say_start(parts, started, marks)
+    with saving(setup, folder, parts.specs) as saver:
+        stop = train(
             parts.engine,
             parts.optimizer,
             schedule=_schedule(setup),
             loss_scale=parts.loss_scale,
             state=parts.state,
             steps=steps,
-            actions=actions,
+            actions=Actions(
+                evaluate=_evaluation(setup, parts, prepared.val),
+                save=lambda state: saver.save(_snapshot(parts, state), state.iteration),
+                stop=lambda: _agreed(request, mesh),
+            ),
             outputs=outputs,
             options=_loop_options(setup),
         )
-        if outputs is not None:
-            outputs.close()
-            print(f"done: {run_dir}", flush=True)
-    finally:
-        meshes.stop()
+    if outputs is not None:
+        outputs.close()
+        print(f"{'stopped' if stop else 'done'}: {folder.path}", flush=True)
+    if stop:
+        folder.group.gather(None)  # torchrun ends all ranks once one has gone
+        raise Stopped(
+            f"{stop} at iteration {parts.state.iteration}, which is saved in {folder.path}",
+            do=f"go on with the same command and --load {folder.path}",
+        )
+
+
+def _agreed(request: StopRequest, mesh: Mesh) -> str:
+    """Which signal any rank was sent; "" none."""
+    asked = mesh.sum([float(request.asked == number.name) for number in SIGNALS])
+    return next((number.name for number, count in zip(SIGNALS, asked, strict=True) if count), "")
 
 
 def _seed(args: TrainArguments) -> None:
@@ -132,7 +150,7 @@ def engine_options(setup: RunSetup) -> EngineOptions:
     )
 
 
-def _build(setup: RunSetup, run_dir: Path, mesh: Mesh) -> _Run:
+def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
     """Model, weights, optimizer and, when resuming, all of the state."""
     args, cfg = setup.args, setup.model
     options = engine_options(setup)
@@ -157,30 +175,21 @@ def _build(setup: RunSetup, run_dir: Path, mesh: Mesh) -> _Run:
         load_weights(engine.shards, specs, HuggingFaceWeights(setup.model_dir, cfg))
         optimizer = Optimizer(engine.shards, decay)
     else:
-        folder = _checkpoint(setup.load)
-        source = MegatronWeights(folder, specs, num_layers=cfg.num_layers)
+        checkpoint = checkpoint_to_load(setup.load, folder)
+        source = MegatronWeights(checkpoint, specs, num_layers=cfg.num_layers)
         if args.finetune:
             load_training_weights(engine.shards, specs, source)
             optimizer = Optimizer(engine.shards, decay)
         else:
-            state = _resumed(folder, args)
+            state = _resumed(checkpoint, args)
             load_training_weights(engine.shards, specs, source)
             optimizer = Optimizer(engine.shards, decay)
             if not args.no_load_optim:
                 load_optimizer(optimizer, specs, source, state)
                 loss_scale.restore(state.loss_scale)
             if not args.no_load_rng:
-                load_rng(folder, mesh)
-    return _Run(setup, run_dir, mesh, engine, optimizer, specs, loss_scale, state)
-
-
-def _checkpoint(run: Path) -> Path:
-    folder = latest(run)
-    if folder is None:
-        raise CheckpointError(f"--load {run} holds no checkpoint", do="give a folder that holds iter_* folders")
-    if (folder / MANIFEST).is_file():
-        verify(folder)
-    return folder
+                load_rng(checkpoint, mesh)
+    return _Run(setup, folder, mesh, engine, optimizer, specs, loss_scale, state)
 
 
 def _resumed(folder: Path, args: TrainArguments) -> TrainState:
@@ -342,37 +351,15 @@ def _say_start(parts: _Run, started: float | None, marks: list[tuple[str, float]
         print(f"{'start':14s} {before - started:.1f} s since the command: {', '.join(times)}", flush=True)
 
 
-def _save(parts: _Run, state: TrainState) -> None:
-    """Publish a checkpoint of this iteration; with --save_safetensors a Hugging Face folder in it."""
-    setup, args, mesh = parts.setup, parts.setup.args, parts.mesh
-    group = Group(mesh.rank, mesh.gather_objects)
-
-    def write(staging: Path) -> None:
-        write_state(
-            staging,
-            mesh=mesh,
-            shards=parts.engine.shards,
-            specs=parts.specs,
-            num_layers=setup.model.num_layers,
-            dtype=TORCH_DTYPES[setup.dtype],
-            state=state,
-            optimizer=None if args.no_save_optim else parts.optimizer,
-            save_rng=not args.no_save_rng,
-        )
-
-    def finish(staging: Path) -> None:
-        if args.save_safetensors:
-            source = MegatronWeights(staging, parts.specs, num_layers=setup.model.num_layers)
-            out = staging / "hf"
-            out.mkdir()
-            write_hugging_face(
-                source, setup.model, out, like=parts.run_dir / FOLDER, dtype=setup.dtype, max_shard_size=HF_SHARD_BYTES
-            )
-            write_json(out / "args.json", to_json(args) | {"template": setup.template, "torch_dtype": setup.dtype})
-
-    began = time.time()
-    final = publish(parts.run_dir, state.iteration, write, group=group, finish=finish)
-    if mesh.rank == 0:
-        print(f"saved {final} in {time.time() - began:.1f} s", flush=True)
-        if args.save_total_limit is not None:
-            keep_last(parts.run_dir, args.save_total_limit)
+def _snapshot(parts: _Run, state: TrainState) -> Snapshot:
+    setup, args = parts.setup, parts.setup.args
+    return take_snapshot(
+        mesh=parts.mesh,
+        shards=parts.engine.shards,
+        specs=parts.specs,
+        num_layers=setup.model.num_layers,
+        dtype=TORCH_DTYPES[setup.dtype],
+        state=state,
+        optimizer=None if args.no_save_optim else parts.optimizer,
+        save_rng=not args.no_save_rng,
+    )

@@ -37,10 +37,14 @@ class LoopOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Actions:
-    """What the loop calls at its intervals. evaluate: the validation loss, None without validation data. save: publish a checkpoint."""
+    """What the loop calls at its intervals. evaluate: the validation loss, None without validation data. save: publish a checkpoint.
+
+    stop : after each iteration, who asks for an end of training, on all ranks alike; "" nobody.
+    """
 
     evaluate: Callable[[], float] | None
     save: Callable[[TrainState], None]
+    stop: Callable[[], str] = str
 
 
 def train(
@@ -54,8 +58,8 @@ def train(
     actions: Actions,
     outputs: Outputs | None,
     options: LoopOptions,
-) -> None:
-    """Train until options.train_iters, from where `state` stands, which is kept up to date.
+) -> str:
+    """Train until options.train_iters, from where `state` stands, which is kept up to date. Returns who stopped it before, else "".
 
     steps   : this rank's micro-batches, one list per iteration.
     outputs : on rank 0, None elsewhere.
@@ -64,7 +68,7 @@ def train(
     if options.manual_gc:
         gc.disable()
         gc.collect()
-    bad = 0
+    bad, stop = 0, ""
     for batches in steps:
         lr = schedule.at(state.iteration - state.skipped)
         report = train_step(engine, optimizer, batches, lr=lr, clip_grad=options.clip_grad, loss_scale=loss_scale)
@@ -76,16 +80,22 @@ def train(
         if outputs is not None:
             after = schedule.at(state.iteration - state.skipped)
             outputs.step(state.iteration, state.consumed_samples, report, lr=after, params_norm=params_norm)
-        _at_intervals(optimizer, loss_scale, state, actions, outputs, options)
+        last = state.iteration == options.train_iters
+        stop = "" if last else actions.stop()
+        _at_intervals(optimizer, loss_scale, state, actions, outputs, options, stop=bool(stop))
+        if stop:
+            break
     if options.manual_gc:
         gc.enable()
+    return stop
 
 
 def _check(report: StepReport, bad: int, iteration: int, batches: Sequence[Batch], loss_scale: LossScale) -> int:
     """Count steps in a row that were left out; say which rows they held, and stop when there are too many."""
     if not report.skipped:
         return 0
-    if loss_scale.dynamic and loss_scale.scale > 1:
+    # Only gradients overflow by the scale: a loss that is not finite is none of its doing, and no smaller scale would mend it.
+    if loss_scale.dynamic and loss_scale.scale > 1 and math.isfinite(report.loss):
         get_logger().info("iteration %d: fp16 overflow, step left out, loss scale now %g", iteration, loss_scale.scale)
         return 0
     rows = [row for batch in batches for row in batch.rows]
@@ -112,6 +122,8 @@ def _at_intervals(
     actions: Actions,
     outputs: Outputs | None,
     options: LoopOptions,
+    *,
+    stop: bool,
 ) -> None:
     iteration = state.iteration
     last = iteration == options.train_iters
@@ -119,7 +131,7 @@ def _at_intervals(
         gc.collect()
     evaluate = actions.evaluate
     due = options.eval_interval > 0 and iteration % options.eval_interval == 0
-    if evaluate is not None and (due or last):
+    if evaluate is not None and (due or last) and not stop:  # whoever stops us may not have the patience
         if options.manual_gc:
             gc.collect()
         loss = evaluate()
@@ -128,7 +140,7 @@ def _at_intervals(
             outputs.evaluation(iteration, state.consumed_samples, loss, where=where)
         if options.manual_gc:
             gc.collect(generation=0)
-    if last or iteration % options.save_interval == 0:
+    if last or stop or iteration % options.save_interval == 0:
         state.optimizer_steps = optimizer.num_steps
         state.loss_scale = loss_scale.as_json()
         actions.save(state)

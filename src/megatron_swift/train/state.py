@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_swift.checkpoint.dcp import MegatronWeights, Piece, pieces_of, save_pieces
+from megatron_swift.checkpoint.dcp import MegatronWeights, Piece, pieces_of
 from megatron_swift.checkpoint.layout import TensorSpec
+from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import WeightSource
 from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.parallel.shards import Box, Shard, Shards
@@ -74,8 +75,7 @@ def pieces(
     return found
 
 
-def write_state(
-    folder: Path,
+def take_snapshot(
     *,
     mesh: Mesh,
     shards: Shards,
@@ -85,15 +85,18 @@ def write_state(
     state: TrainState,
     optimizer: Optimizer | None,
     save_rng: bool,
-) -> None:
-    """Write this rank's part of a checkpoint into a staging folder. dtype: of the weights. optimizer None leaves its state out."""
-    mine = pieces(shards, specs, num_layers=num_layers, dtype=dtype, optimizer=optimizer)
-    save_pieces(folder, mine, distributed=mesh.world_size > 1)
+) -> Snapshot:
+    """This rank's part of a checkpoint: tensors by reference, the rest as it is now. dtype: of the weights.
+
+    optimizer None leaves its state out.
+    """
+    files = {}
     if save_rng:
-        (folder / _rng_file(mesh.rank)).write_text(json.dumps(_rng_state()), encoding="utf-8")
+        files[_rng_file(mesh.rank)] = json.dumps(_rng_state()).encode()
     if mesh.rank == 0:
         value = asdict(state) | {"optimizer": optimizer.options.kind if optimizer else None}
-        (folder / STATE_FILE).write_text(json.dumps(value, indent=1), encoding="utf-8")
+        files[STATE_FILE] = json.dumps(value, indent=1).encode()
+    return Snapshot(pieces(shards, specs, num_layers=num_layers, dtype=dtype, optimizer=optimizer), files)
 
 
 def read_state(folder: Path) -> TrainState:

@@ -77,3 +77,13 @@ class StorageError(SwiftError):
     """A disk that is full, read-only or gone."""
 
     exit_code = 9
+
+
+class Stopped(SwiftError):
+    """Asked to stop from outside; what was trained so far is saved. EX_TEMPFAIL: a scheduler may start it again."""
+
+    exit_code = 75
+
+    def block(self) -> str:
+        """No error."""
+        return super().block().replace("error:", "stopped:", 1)

@@ -1,0 +1,50 @@
+"""What one rank puts into a checkpoint: tensors that are read when they are written, and small files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_swift.checkpoint.dcp import Piece, save_pieces
+from megatron_swift.checkpoint.manifest import Entry, write_file
+from megatron_swift.checkpoint.ranks import Group
+
+Buffers = dict[tuple[str, tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """pieces: this rank's boxes. files: this rank's small files by name."""
+
+    pieces: Sequence[Piece]
+    files: Mapping[str, bytes]
+
+    def write(self, folder: Path, group: Group) -> dict[str, Entry]:
+        """Write both into a folder; returns the checksums. Every rank calls it, and what fails in a piece is raised on all."""
+        # The pieces first: their ranks meet in collectives, which one rank with a full disk must not miss.
+        entries = save_pieces(
+            folder, self.pieces, distributed=group.process_group is not None, process_group=group.process_group
+        )
+        return entries | {name: write_file(folder / name, data) for name, data in self.files.items()}
+
+    def copied(self, buffers: Buffers) -> Snapshot:
+        """The same with the tensors' values as they are now, in host memory.
+
+        buffers : where the copies lie; given again, they are overwritten, so that no memory is asked for a second time.
+        """
+        copies = [_copied(piece, buffers) for piece in self.pieces]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies into pinned memory return before they are done
+        return replace(self, pieces=copies)
+
+
+def _copied(piece: Piece, buffers: Buffers) -> Piece:
+    values, key = piece.read().detach(), (piece.key, piece.offset)
+    if key not in buffers:
+        buffers[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    copy = buffers[key].copy_(values, non_blocking=values.is_cuda)
+    return replace(piece, read=lambda: copy)
