@@ -13,20 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from test_data_parallel import CLIP, LR, OPTIMIZER
 from test_layouts import SP
+from test_transformers_judge import on_rank
 
-from megatron_swift.data.loader import collate
 from megatron_swift.data.types import IGNORE, Sample
-from megatron_swift.parallel import mesh as mesh_module
 from megatron_swift.parallel.mesh import Sizes
 from megatron_swift.testing import make_tiny_model, run_ranks
-from megatron_swift.train.optim import Optimizer
-from megatron_swift.train.precision import LossScale
-from megatron_swift.train.step import train_step
 from scripts import environment
-from tiny_models import make_engine, random_samples
+from tiny_models import random_samples
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
 
@@ -83,34 +78,17 @@ def write_rows(path: Path, steps: list[list[Sample]]) -> Path:
     return path
 
 
-def on_rank(rank: int, folder: Path, steps: list[list[Sample]], sizes: Sizes, options: dict) -> tuple[list, list]:
-    """(losses, gradient norms) of a rank of ours. Two rows make a packed micro-batch; Megatron-Core has one in each."""
-    mesh = mesh_module.start(backend="gloo", timeout_minutes=1, sizes=sizes)
-    engine = make_engine(folder, torch.float32, mesh, **options)
-    optimizer = Optimizer(engine.shards, OPTIMIZER)
-    for group in optimizer.inner.param_groups:
-        # It is Megatron's scheduler of rates that spares norms and biases, and the judge runs without one: it decays everything.
-        group["weight_decay"] = OPTIMIZER.weight_decay
-    losses, norms = [], []
-    for step in steps:
-        micros = [step[start : start + 2] for start in range(0, ROWS, 2)][mesh.dp_rank :: mesh.dp_size]
-        batches = [collate(m, pad_to_multiple=engine.row_multiple, pad_id=0, rows=()) for m in micros]
-        scale = LossScale.for_dtype("float32")
-        report = train_step(engine, optimizer, batches, lr=LR, clip_grad=CLIP, loss_scale=scale)
-        losses.append(report.loss)
-        norms.append(report.grad_norm)
-    mesh_module.stop()
-    return losses, norms
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", MODELS)
 def test_losses_are_megatrons(megatron, steps, family, layout, tmp_path):
+    """Two rows make a packed micro-batch here; Megatron-Core has one in each. It is Megatron's scheduler of rates that spares norms and
+    biases from weight decay, and the judge runs without one: it decays everything."""
     flags, ranks, sizes, options = LAYOUTS[layout]
     folder = make_tiny_model(tmp_path / "model", family=family, tied=MODELS[family], layers=4, vocab_size=VOCAB)
     losses, norms = megatron(folder, write_rows(tmp_path / "rows.jsonl", steps), flags)
     assert losses[-2] < losses[0] - 0.5, f"Megatron-Core learnt nothing: {losses}"
-    for ours in run_ranks(on_rank, ranks, folder, steps, sizes, options):
+    packed = [[step[:2], step[2:]] for step in steps]
+    for ours in run_ranks(lambda rank: on_rank(rank, folder, packed, sizes, options, lr=LR, decay_all=True), ranks):
         differences = [float(np.abs(np.divide(*pair) - 1).max()) for pair in zip(ours, (losses, norms), strict=True)]
         print(
             f"{family} {layout}: loss {losses[0]:.6f} -> {losses[-1]:.6f}, largest relative differences {differences}"
