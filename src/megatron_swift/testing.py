@@ -142,9 +142,7 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
 
 def _weights(hf: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
     """Random float32 weights under transformers' names."""
-    hidden, heads, groups, inner = (
-        hf[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    )
+    hidden, heads, groups = (hf[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     head_dim = hf.get("head_dim") or hidden // heads
     weights: dict[str, Tensor] = {}
 

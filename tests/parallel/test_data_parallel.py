@@ -256,8 +256,8 @@ def one_layer_averaged(engine: Engine) -> None:
 def divided_by_local_tokens(engine: Engine) -> None:
     right = engine.forward_backward
 
-    def wrong(batches, *, num_tokens, loss_scale):
-        return right(batches, num_tokens=max(sum(b.num_trained for b in batches), 1), loss_scale=loss_scale)
+    def wrong(batches, *, num_tokens, **options):
+        return right(batches, num_tokens=max(sum(b.num_trained for b in batches), 1), **options)
 
     engine.forward_backward = wrong
 

@@ -81,7 +81,7 @@ MODELS = [("qwen3", True), ("qwen2", False)]
 
 def name(layout) -> str:
     ranks, sizes, options = layout
-    axes = "".join(f"{axis}{n}" for axis, n in vars(sizes).items() if n > 1)
+    axes = "".join(f"{axis}{n}" for axis, n in vars(sizes).items() if n is not None and n != 1)
     rest = "-".join(str(getattr(v, "value", v)) for v in options.values())
     return f"{ranks}-{axes or 'dp'}-{rest}"
 

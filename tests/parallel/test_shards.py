@@ -97,7 +97,7 @@ def test_shards_cover_every_row_once_and_norms_count_each_value_once(folder, bat
     sizes = [len(b.tokens) - b.padding for b in batches], [n * n for b in batches for n in b.lengths]
     for found, halved, counts, rows, full, text in results:
         assert found == pytest.approx(expected, rel=1e-12) and halved == pytest.approx(expected[0] / 2, rel=1e-12)
-        assert counts == (sum(b.num_trained for b in batches), sum(sizes[0]), sum(sizes[1]))
+        assert counts == (sum(b.num_trained for b in batches), sum(sizes[0]), sum(sizes[1]), len(batches))
         assert "4 ranks" in text and rows.keys() == full.keys()
         for name, parameter in model.named_parameters():
             assert np.array_equal(full[name], parameter.detach().numpy()), name

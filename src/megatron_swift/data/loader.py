@@ -54,8 +54,10 @@ def collate(
     if weights is not None:
         weights[labels == IGNORE] = 0.0
     lengths = (*padded, padding) if padding else tuple(padded)
-    real = sum(len(sample.ids) for sample in samples)
-    return Batch(tokens, labels, positions, lengths, rows, weights, used + padding - real)
+    real = tuple(len(sample.ids) for sample in samples)
+    whole = used + padding == sum(real)
+    real_of = None if whole else (*real, 0) if padding else real
+    return Batch(tokens, labels, positions, lengths, rows, weights, used + padding - sum(real), real_of)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Batch(NamedTuple):
     weights   : float32 [T], the weight of the loss at each position, shifted as the labels are; 0 where the label is IGNORE.
                 None: every label weighs 1.
     padding   : how many of the tokens are padding, in segments' ends and in the last segment.
+    real      : for each segment how many of its tokens are not padding, the first ones. None: all are.
     """
 
     tokens: np.ndarray
@@ -74,6 +75,7 @@ class Batch(NamedTuple):
     rows: tuple[int, ...] = ()
     weights: np.ndarray | None = None
     padding: int = 0
+    real: tuple[int, ...] | None = None
 
     @property
     def num_trained(self) -> int:

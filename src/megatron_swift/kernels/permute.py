@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class _Take(torch.autograd.Function):
-    """x[rows // k] for rows in expert order. The gradient gathers instead of scattering, so it is the same on every run."""
+    """x[order // k]: the token of each choice, in expert order. The gradient gathers instead of scattering, so it is the same on every run."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(back)
-        ctx.tokens = x.shape[0]
-        return x.index_select(0, rows)
+        ctx.shape = (x.shape[0], k, x.shape[1])
+        return x.index_select(0, order // k)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (back,) = ctx.saved_tensors
-        return _gather_back(grad, back).view(ctx.tokens, -1, grad.shape[-1]).sum(1), None, None
+        return _gather_back(grad, back).view(ctx.shape).sum(1), None, None, None
 
 
 def _gather_back(y: Tensor, back: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Permuted:
         """
         if self.slots is not None:
             y = y.index_select(0, self.slots)
-        each = _gather_back(y, self.back).view(*probs.shape, -1)
+        each = _gather_back(y, self.back).view(*probs.shape, y.shape[1])
         return (each * probs[..., None]).sum(1).to(y.dtype)
 
 
@@ -75,7 +75,7 @@ def permute(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=x.device)
     back, order = back.clamp(max=number), order[:number]
-    rows = _Take.apply(x, order // experts.shape[1], back)
+    rows = _Take.apply(x, order, back, experts.shape[1])
     if limit is None:
         return Permuted(rows, counts, back, None)
     starts = counts.cumsum(0) - counts

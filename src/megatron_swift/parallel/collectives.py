@@ -83,3 +83,67 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return all_gather(grad, ctx.group), None
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows to every rank: `sent[i]` of them to rank i, `received[j]` from rank j. The gradient travels back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.received, ctx.sent, ctx.group = received, sent, group
+        return all_to_all(x, received, sent, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return all_to_all(grad, ctx.sent, ctx.received, ctx.group), None, None, None
+
+
+def all_to_all(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows that the other ranks send me, by rank."""
+    out = x.new_empty((sum(received), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out
+
+
+class GatherUneven(torch.autograd.Function):
+    """`sizes[i]` rows of each rank i -> all of them; the gradient is summed and scattered. Padded on the way: gloo wants equal sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return gather_uneven(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return scatter_uneven(grad, ctx.sizes, ctx.group), None, None
+
+
+class ScatterUneven(torch.autograd.Function):
+    """The sum over ranks, of which rank i gets its `sizes[i]` rows; the gradient is gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return scatter_uneven(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gather_uneven(grad, ctx.sizes, ctx.group), None, None
+
+
+def gather_uneven(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """`sizes[i]` rows of each rank i, one after the other."""
+    longest = max(*sizes, 1)  # there may be none at all
+    if len(x) < longest:
+        x = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    parts = all_gather(x, group).split(longest)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def scatter_uneven(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """My `sizes[rank]` rows of the sum over ranks."""
+    longest = max(*sizes, 1)  # there may be none at all
+    padded = x.new_zeros(len(sizes), longest, *x.shape[1:])
+    for row, part in zip(padded, x.split(sizes), strict=True):
+        row[: len(part)] = part
+    return reduce_scatter(padded.flatten(0, 1), group)[: sizes[group.rank()]]

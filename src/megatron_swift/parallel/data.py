@@ -30,6 +30,7 @@ class Sharding(Enum):
 def shard(
     model: Decoder,
     axis: Axis,
+    expert_axis: Axis,
     *,
     device: torch.device,
     compute_dtype: torch.dtype,
@@ -38,18 +39,39 @@ def shard(
 ) -> None:
     """Wrap layer by layer and the rest as the root. Parameters stay in master_dtype, one shard per rank; compute runs in compute_dtype.
 
-    Gradients are accumulated and reduced in master_dtype, as Megatron does.
+    Gradients are accumulated and reduced in master_dtype, as Megatron does. Routed experts have ranks of their own to share with; where
+    one of the two axes has a single rank, its parameters are left whole, in compute_dtype.
     """
-    assert axis.group is not None
-    mesh = DeviceMesh.from_group(axis.group, device.type, mesh=torch.tensor(axis.ranks), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype, cast_forward_inputs=False)
     reshard_after_forward = sharding is Sharding.OPTIM_GRADS_PARAMS
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in wrapped(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    kept_whole: set[nn.Parameter] = set()
+    for sparse in model.sparse:
+        module = sparse.experts
+        module.to(master_dtype if expert_axis.size > 1 else compute_dtype)
+        if expert_axis.size > 1:
+            mesh = _device_mesh(expert_axis, device)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        else:
+            kept_whole |= set(module.parameters())
+    if axis.size > 1:
+        mesh = _device_mesh(axis, device)
+        for layer in model.layers:
+            fully_shard(
+                layer,
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=reshard_after_forward,
+                ignored_params=kept_whole,
+            )
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=kept_whole)
+    for one in wrapped(model):
+        one.set_gradient_divide_factor(1.0)
+        one.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _device_mesh(axis: Axis, device: torch.device) -> DeviceMesh:
+    assert axis.group is not None
+    return DeviceMesh.from_group(axis.group, device.type, mesh=torch.tensor(axis.ranks), mesh_dim_names=("shard",))
 
 
 def wrapped(model: nn.Module) -> Iterator[FSDPModule]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +15,19 @@ from torch import Tensor
 from megatron_swift.data.types import IGNORE, Batch
 from megatron_swift.kernels.attention import Segments, choose_attention
 from megatron_swift.kernels.cross_entropy import CHUNK_TOKENS, chunked_linear_cross_entropy, linear_cross_entropy
+from megatron_swift.kernels.grouped_linear import choose_grouped
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row, build_decoder
+from megatron_swift.models.routing import RouterOptions, Routing
 from megatron_swift.parallel import data as data_parallel
+from megatron_swift.parallel import expert as expert_parallel
 from megatron_swift.parallel import tensor as tensor_parallel
 from megatron_swift.parallel.context import context_core, context_segments, zigzag
 from megatron_swift.parallel.data import Sharding
 from megatron_swift.parallel.mesh import Axis, Mesh, part_of
 from megatron_swift.parallel.pipeline import Links, Pipeline
 from megatron_swift.parallel.recompute import Recompute, layer_runner, recomputed_core
+from megatron_swift.parallel.routers import RouterTotals, routings
 from megatron_swift.parallel.shards import Shards
 from megatron_swift.parallel.stages import head_cost, split_layers
 
@@ -29,11 +35,15 @@ TIED = "embedding.word_embeddings.weight"
 
 
 class Counts(NamedTuple):
-    """Sizes of a global batch. tokens: real ones. squares: the sum of squared segment lengths, for the attention's FLOPs."""
+    """Sizes of a global batch. tokens: real ones. squares: the sum of squared segment lengths, for the attention's FLOPs.
+
+    rows: micro-batches.
+    """
 
     trained: int
     tokens: int
     squares: int
+    rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,7 @@ class EngineOptions:
 
     chunks_per_rank : virtual pipeline stages on each rank. first_layers, last_layers : of the first and last stage, None: balanced.
     context_kind    : all_gather, p2p or a2a.
+    router, dispatcher, grouped_experts, overlap_shared_expert : of a mixture of experts; see models.routing and parallel.expert.
     """
 
     compute_dtype: torch.dtype
@@ -55,6 +66,10 @@ class EngineOptions:
     chunks_per_rank: int = 1
     first_layers: int | None = None
     last_layers: int | None = None
+    router: RouterOptions = field(default_factory=RouterOptions)
+    dispatcher: str = "alltoall"
+    grouped_experts: bool = True
+    overlap_shared_expert: bool = False
 
 
 class Engine:
@@ -63,6 +78,7 @@ class Engine:
     chunks  : this rank's parts of the model, one unless there are virtual pipeline stages.
     shards  : the local parameters.
     kernels : one line per choice of kernel and parallelism, for the start-up banner.
+    routers : what the routers of a mixture of experts did since they were last asked; None for a dense model.
     """
 
     def __init__(
@@ -75,9 +91,10 @@ class Engine:
         hidden_size: int,
         pipeline: Pipeline | None,
         kernels: dict[str, str],
+        routers: RouterTotals | None,
     ):
         self.chunks, self.mesh, self.shards, self.options, self.kernels = chunks, mesh, shards, options, kernels
-        self.hidden_size, self.pipeline = hidden_size, pipeline
+        self.hidden_size, self.pipeline, self.routers = hidden_size, pipeline, routers
         self.exact_dtype = torch.promote_types(options.compute_dtype, torch.float32)
 
     @property
@@ -96,14 +113,17 @@ class Engine:
             batches = ()
         trained, tokens = sum(b.num_trained for b in batches), sum(len(b.tokens) - b.padding for b in batches)
         squares = sum(n * n for b in batches for n in b.lengths)
-        return Counts(*(int(n) for n in self.mesh.sum([trained, tokens, squares])))
+        return Counts(*(int(n) for n in self.mesh.sum([trained, tokens, squares, len(batches)])))
 
-    def forward_backward(self, batches: Sequence[Batch], *, num_tokens: int, loss_scale: float = 1.0) -> float:
+    def forward_backward(
+        self, batches: Sequence[Batch], *, num_tokens: int, num_rows: int = 1, loss_scale: float = 1.0
+    ) -> float:
         """Leave in the shards the gradient of (sum of token losses) / num_tokens over all ranks; returns the sum of token losses over all.
 
         num_tokens : trained tokens of the global batch. loss_scale : fp16's; it is divided out of the gradients again.
+        num_rows   : micro-batches of the global batch: the routers' own losses are added as their mean over them.
         """
-        losses = self._run(batches, scale=loss_scale / num_tokens, train=True)
+        losses = self._run(batches, scale=loss_scale / num_tokens, train=True, router_scale=loss_scale / num_rows)
         self.shards.pull(1.0 / loss_scale)
         return self._total(losses)[0] * num_tokens / loss_scale
 
@@ -122,10 +142,28 @@ class Engine:
         mine = float(torch.stack(list(losses)).sum()) if losses and self.mesh.tp.rank == 0 else 0.0
         return self.mesh.sum([mine, *counts])
 
-    def _run(self, batches: Sequence[Batch], *, scale: float, train: bool) -> list[Tensor]:
-        """Forward (and backward) of every batch; the detached losses, each times scale."""
-        rows = [self._row(batch) for batch in batches]
-        factor = torch.tensor(scale, dtype=self.exact_dtype, device=self.mesh.device)
+    def _run(
+        self, batches: Sequence[Batch], *, scale: float, train: bool, router_scale: float | None = None
+    ) -> list[Tensor]:
+        """Forward (and backward) of every batch; the detached losses, each times scale. router_scale: of the routers' losses."""
+        routed: list[Routing] = []
+        if self.routers is not None:
+            wanted = None if router_scale is None else self._scalar(router_scale)
+            together = self.options.sequence_parallel
+            routed = routings(batches, self.mesh, sequence_parallel=together, scale=wanted)
+        rows = [
+            dataclasses.replace(self._row(batch), routing=routing) for batch, routing in zip_longest(batches, routed)
+        ]
+        losses = self._pass(rows, self._scalar(scale), train=train)
+        if self.routers is not None and train:
+            self.routers.add(routed)
+        return losses
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=self.exact_dtype, device=self.mesh.device)
+
+    def _pass(self, rows: Sequence[Row], factor: Tensor, *, train: bool) -> list[Tensor]:
+        """Forward (and backward) of every row; the detached losses, each times factor."""
         sharding = self.options.sharding
         if self.pipeline is not None:
             share = self.mesh.tp.size if self.options.sequence_parallel else 1
@@ -182,11 +220,14 @@ def _to(array: np.ndarray, device: torch.device) -> Tensor:
 def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine:
     """Spread a model over the mesh. The parameters are uninitialised: load weights into `engine.shards`, then `push()`.
 
-    THE ordered list: stages -> layers -> attention kernel -> context -> tensor -> recomputation -> data parallelism -> shards -> pipeline.
+    THE ordered list: stages -> layers -> attention kernel -> context -> tensor -> experts -> recomputation -> data parallelism -> shards
+    -> pipeline.
     """
     exact, device = torch.promote_types(options.compute_dtype, torch.float32), mesh.device
     sharded = mesh.shard.size > 1 and options.sharding is not Sharding.NO_SHARD
-    local, stages = tensor_parallel.local_config(cfg, mesh.tp.size), _stages(cfg, mesh, options)
+    experts_sharded = mesh.edp.size > 1 and options.sharding is not Sharding.NO_SHARD
+    local = expert_parallel.local_config(tensor_parallel.local_config(cfg, mesh.tp.size), mesh)
+    stages = _stages(cfg, mesh, options)
     kernels: dict[str, str] = {}
     chunks = []
     for number in range(options.chunks_per_rank):
@@ -202,22 +243,35 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
         )
         _install_attention(model, mesh, options, kernels)
         _install_tensor_parallel(model, cfg, mesh, options, kernels)
+        _install_experts(model, local, mesh, options, kernels)
         model.run_layers = layer_runner(options.recompute)
-        if sharded:
+        if sharded or experts_sharded:
             data_parallel.shard(
                 model,
-                mesh.shard,
+                mesh.shard if sharded else Axis(),
+                mesh.edp if experts_sharded else Axis(),
                 device=device,
                 compute_dtype=options.compute_dtype,
                 master_dtype=exact,
                 sharding=options.sharding,
             )
+        if sharded:
             model.to_empty(device=device)
         chunks.append(model)
-    shards = _make_shards(chunks, cfg, mesh, options, replicated=not sharded)
+    dense_replicas, expert_replicas = Axis() if sharded else mesh.shard, Axis() if experts_sharded else mesh.edp
+    shards = _make_shards(chunks, cfg, mesh, options, dense_replicas, expert_replicas)
     pipeline = Pipeline(mesh.pp, Links(mesh.pp), options.chunks_per_rank) if mesh.pp.size > 1 else None
     kernels |= _describe(mesh, options, stages)
-    return Engine(chunks, mesh, shards, options, hidden_size=cfg.hidden_size, pipeline=pipeline, kernels=kernels)
+    return Engine(
+        chunks,
+        mesh,
+        shards,
+        options,
+        hidden_size=cfg.hidden_size,
+        pipeline=pipeline,
+        kernels=kernels,
+        routers=RouterTotals(cfg, mesh) if cfg.moe is not None else None,
+    )
 
 
 def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]:
@@ -264,13 +318,37 @@ def _install_tensor_parallel(
         )
 
 
+def _install_experts(
+    model: Decoder, cfg: ModelConfig, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]
+) -> None:
+    """cfg: of this rank's modules."""
+    if cfg.moe is None:
+        return
+    assert options.sequence_parallel or mesh.tp.size == 1, "tensor-parallel ranks would route the same tokens"
+    sizes = (cfg.hidden_size, cfg.moe.ffn_hidden_size)
+    product, kernels["experts"] = choose_grouped(
+        options.grouped_experts, dtype=options.compute_dtype, device=mesh.device, sizes=sizes
+    )
+    expert_parallel.install(
+        model,
+        mesh,
+        dispatcher=options.dispatcher,
+        router=options.router,
+        product=product,
+        overlap=options.overlap_shared_expert,
+    )
+
+
 def _make_shards(
-    chunks: list[Decoder], cfg: ModelConfig, mesh: Mesh, options: EngineOptions, *, replicated: bool
+    chunks: list[Decoder], cfg: ModelConfig, mesh: Mesh, options: EngineOptions, dense: Axis, experts: Axis
 ) -> Shards:
+    """dense, experts: the ranks that hold the same parameters whole, and must sum their gradients."""
     whole = build_decoder(cfg, dtype=torch.float32, device=torch.device("meta"))
     shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
 
     def place(name: str) -> tensor_parallel.Placement:
+        if expert_parallel.is_expert(name):
+            return expert_parallel.placement(name, shapes[name], cfg, mesh)
         return tensor_parallel.placement(name, shapes[name], cfg, mesh.tp, sequence_parallel=options.sequence_parallel)
 
     shared = cfg.tied_embeddings and mesh.pp.size > 1
@@ -280,7 +358,7 @@ def _make_shards(
         master_dtype=torch.promote_types(options.compute_dtype, torch.float32),
         shapes=shapes,
         place=place,
-        replicated=replicated,
+        replicas=lambda name: experts if expert_parallel.is_expert(name) else dense,
         tied=TIED if shared else None,
         kv_replicas=part_of(mesh.tp, max(mesh.tp.size // cfg.num_query_groups, 1)),
         ends=mesh.ends if shared else Axis(),
@@ -299,6 +377,8 @@ def _describe(mesh: Mesh, options: EngineOptions, stages: list[range]) -> dict[s
     if mesh.pp.size > 1:
         virtual = f", {options.chunks_per_rank} virtual stages each" if options.chunks_per_rank > 1 else ""
         lines["pipeline"] = f"{mesh.pp.size} ranks{virtual}, layers per stage {[len(s) for s in stages]}"
+    if mesh.experts.size > 1:
+        lines["expert"] = f"{mesh.ep.size} ranks, each expert over {mesh.etp.size}, {options.dispatcher} dispatch"
     if options.recompute.granularity == "full":
         lines["recompute"] = f"whole layers, {options.recompute.method} {options.recompute.num_layers}"
     if mesh.shard.size > 1:

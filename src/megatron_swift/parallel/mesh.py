@@ -17,15 +17,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
+EXPERT_AXES = ("pp", "edp", "ep", "etp")  # the same ranks, seen by the experts of a pipeline stage
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many ranks share tensors (tp), layers (pp) and sequences (cp); what is left of the world are data-parallel ranks."""
+    """How many ranks share tensors (tp), layers (pp) and sequences (cp); what is left of the world are data-parallel ranks.
+
+    ep  : ranks over which the experts are spread; None for a model without experts, whose axes are not made then.
+    etp : ranks that share an expert's tensors; None: as many as tp.
+    """
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    ep: int | None = None
+    etp: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,9 @@ class Mesh:
 
     shard : the ranks that hold the same parameters and see other tokens, dp x cp: over them gradients are summed and state is sharded.
     ends  : the first and the last rank of my pipeline, of which I am one (size 1 for the others): both may hold tied embeddings.
+    ep, etp, edp : of a pipeline stage's ranks, those that hold other experts, other parts of my experts, and the same of them.
+    experts : ep x etp, all that a token's experts are spread over.
+    row, stage : the ranks that share a micro-batch's tokens, cp x tp, and all of a pipeline stage. For models with experts only.
     """
 
     rank: int
@@ -60,6 +70,12 @@ class Mesh:
     pp: Axis = Axis()
     shard: Axis = Axis()
     ends: Axis = Axis()
+    ep: Axis = Axis()
+    etp: Axis = Axis()
+    edp: Axis = Axis()
+    experts: Axis = Axis()
+    row: Axis = Axis()
+    stage: Axis = Axis()
 
     @property
     def dp_size(self) -> int:
@@ -115,7 +131,18 @@ def start(*, backend: str, timeout_minutes: float, sizes: Sizes = Sizes()) -> Me
     grid = np.arange(world).reshape(sizes.pp, -1, sizes.cp, sizes.tp)
     axes = {name: _axis(grid, (name,), rank) for name in AXES}
     ends = _ends(grid, rank) if sizes.pp > 1 else Axis()
+    if sizes.ep is not None:
+        axes |= _expert_axes(grid, sizes, rank)
     return Mesh(rank, world, device, backend, **axes, shard=_axis(grid, ("dp", "cp"), rank), ends=ends)
+
+
+def _expert_axes(grid: np.ndarray, sizes: Sizes, rank: int) -> dict[str, Axis]:
+    etp = sizes.tp if sizes.etp is None else sizes.etp
+    assert sizes.ep is not None and grid.size % (sizes.pp * sizes.ep * etp) == 0, (grid.size, sizes)
+    second = grid.reshape(sizes.pp, -1, sizes.ep, etp)
+    axes = {name: _axis(second, (name,), rank, EXPERT_AXES) for name in ("edp", "ep", "etp")}
+    axes["experts"] = _axis(second, ("ep", "etp"), rank, EXPERT_AXES)
+    return axes | {"row": _axis(grid, ("cp", "tp"), rank), "stage": _axis(grid, ("dp", "cp", "tp"), rank)}
 
 
 def _ends(grid: np.ndarray, rank: int) -> Axis:
@@ -124,9 +151,9 @@ def _ends(grid: np.ndarray, rank: int) -> Axis:
     return _line_of(pairs + middle, rank)
 
 
-def _axis(grid: np.ndarray, names: tuple[str, ...], rank: int) -> Axis:
-    """My axis along `names`; every rank makes every group, as torch wants it."""
-    last = [AXES.index(name) for name in names]
+def _axis(grid: np.ndarray, names: tuple[str, ...], rank: int, order: tuple[str, ...] = AXES) -> Axis:
+    """My axis along `names` of the grid's axes; every rank makes every group, as torch wants it."""
+    last = [order.index(name) for name in names]
     others = [i for i in range(grid.ndim) if i not in last]
     size = int(np.prod([grid.shape[i] for i in last]))
     lines = grid.transpose(*others, *last).reshape(-1, size).tolist()

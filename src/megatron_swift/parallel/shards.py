@@ -75,18 +75,18 @@ class Shards:
         master_dtype: torch.dtype,
         shapes: dict[str, tuple[int, ...]],
         place: Callable[[str], Placement],
-        replicated: bool,
+        replicas: Callable[[str], Axis],
         tied: str | None,
         kv_replicas: Axis,
         ends: Axis,
     ):
-        """shapes and place: of every parameter's whole and of this rank's part. replicated: the shard axis holds replicas (no FSDP).
+        """shapes and place: of every parameter's whole and of this rank's part. replicas: the ranks that hold it too (no FSDP).
 
         tied : the parameter that the first and the last pipeline stage both hold, None where no two do. ends: those two ranks.
         kv_replicas : the ranks that replicate a key/value head.
         """
         self.mesh, self.master_dtype, self.tied, self.ends = mesh, master_dtype, tied, ends
-        self.kv_replicas, self.replicated = kv_replicas, replicated
+        self.kv_replicas, self.replicas = kv_replicas, replicas
         self.shapes, self.place = shapes, place
         self.by_name = {name: self._shard(name, param) for chunk in chunks for name, param in chunk.named_parameters()}
 
@@ -94,7 +94,7 @@ class Shards:
         return iter(self.by_name.values())
 
     def _shard(self, name: str, param: nn.Parameter) -> Shard:
-        owned = not (self.replicated and self.mesh.shard.rank > 0)
+        owned = self.replicas(name).rank == 0
         owned = owned and not (name == self.tied and self.mesh.pp.rank > 0)
         if isinstance(param, DTensor):
             _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -137,8 +137,10 @@ class Shards:
 
     def _finish(self) -> None:
         """Sum what is only a contribution: replicas without FSDP, replicated rows under tensor parallelism, tied embeddings."""
-        if self.replicated and self.mesh.shard.size > 1:
-            _sum_together(self._grads(), self.mesh.shard)
+        for axis in (self.mesh.shard, self.mesh.edp):
+            grads = [s.master.grad for s in self if self.replicas(s.name) is axis and s.master.grad is not None]
+            if axis.size > 1:
+                _sum_together(grads, axis)
         for axis in {self.mesh.tp.size: self.mesh.tp, self.kv_replicas.size: self.kv_replicas}.values():
             if axis.size > 1:
                 wanted = [(s, p) for s in self for p in s.partials if p.replicas == axis.size]

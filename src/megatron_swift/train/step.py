@@ -39,7 +39,9 @@ def train_step(
     """
     counts = engine.count(batches)
     scale = loss_scale.scale
-    loss_sum = engine.forward_backward(batches, num_tokens=max(counts.trained, 1), loss_scale=scale)
+    loss_sum = engine.forward_backward(
+        batches, num_tokens=max(counts.trained, 1), num_rows=max(counts.rows, 1), loss_scale=scale
+    )
     loss, norm = loss_sum / max(counts.trained, 1), engine.shards.grad_norm()
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
