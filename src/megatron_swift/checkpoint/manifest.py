@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from megatron_swift.utils.files import digest, write_text
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 26
-_READ = 1 << 22
+_READ = 1 << 20
+_WRITER = re.compile(r"^__(\d+)_\d+\.distcp$")
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,13 @@ _ANOTHER = "use another checkpoint"
 
 
 def _share(checks: Sequence[_Check], part: int, of: int) -> Iterable[_Check]:
-    """Largest first, each to the share that is the smallest so far: all ranks compute the same."""
+    """To each rank what it wrote, and will read, where as many wrote as there are shares; else evenly. All ranks compute the same."""
+    writers = {int(match[1]) for check in checks if (match := _WRITER.match(check.name))}
+    local = writers == set(range(of))
     loads = [0] * of
     for check in sorted(checks, key=lambda c: -c.size):
-        least = loads.index(min(loads))
+        match = _WRITER.match(check.name) if local else None
+        least = int(match[1]) if match else loads.index(min(loads))
         loads[least] += check.size
         if least == part:
             yield check
