@@ -11,12 +11,27 @@ import megatron_swift
 from megatron_swift.args.commands import COMMANDS
 from megatron_swift.args.data_params import TemplateParams
 from megatron_swift.args.spec import params_of
-from megatron_swift.commands.setup import MODEL_FIELDS
+from megatron_swift.commands.setup import MODEL_FIELDS, MOE_FIELDS
 
 PACKAGE = Path(megatron_swift.__file__).parent
 # Which files may read a command's arguments: the command's own, and what all share.
-SHARED = ("args/rules.py", "args/inherit.py", "commands/chat_template.py", "cli.py", "worker.py", "launch.py")
-TRAINING = ("commands/setup.py", "commands/train.py", "commands/saving.py", "commands/run_folder.py", *SHARED)
+SHARED = (
+    "args/rules.py",
+    "args/moe_rules.py",
+    "args/inherit.py",
+    "commands/chat_template.py",
+    "cli.py",
+    "worker.py",
+    "launch.py",
+)
+TRAINING = (
+    "commands/setup.py",
+    "commands/train.py",
+    "commands/engine_options.py",
+    "commands/saving.py",
+    "commands/run_folder.py",
+    *SHARED,
+)
 OWN = {
     "megatron sft": TRAINING,
     "megatron pt": TRAINING,
@@ -62,7 +77,7 @@ def names_read(file: Path) -> set[str]:
 def test_built_parameters_are_read(command):
     read = set().union(*(names_read(PACKAGE / file) for file in OWN[command.prog] if (PACKAGE / file).exists()))
     if "commands/setup.py" in OWN[command.prog]:
-        read |= set(MODEL_FIELDS)
+        read |= {*MODEL_FIELDS, *MOE_FIELDS}
     read |= CARRIED.get(command.prog, set()) | set(ELSEWHERE)
     ignored = sorted(name for name, param in params_of(command).items() if not param.status() and name not in read)
     assert not ignored, f"{command.prog} accepts these and never reads them: {', '.join(ignored)}"

@@ -184,7 +184,7 @@ def test_json_config(tmp_path):
         ("a.yaml", "- lr", "a config file is one mapping"),
         ("a.yaml", "a: [", "not valid YAML"),
         ("a.yaml", "ENV: [1]", "ENV must map"),
-        ("a.yaml", "expert_model_parallel_size: 2", "expert_model_parallel_size 2: expert parallelism is not built"),
+        ("a.yaml", "rotary_percent: 0.5", "rotary_percent 0.5: partial rotation is not built"),
         ("a.json", '{"lr": 1, "lr": 2}', "the key 'lr' occurs twice"),
         ("a.json", "{", "not valid JSON"),
     ],

@@ -45,7 +45,7 @@ def test_help_shows_default_and_status():
         "--micro_batch_size INT Samples",
         "Also --save_steps.",
         "[torch_dist] (not built yet: torch, zarr)",
-        "Ranks that the experts are spread over. [1] (not built yet)",
+        "Share of each head's dimensions that is rotated. [1.0] (not built yet)",
         "(no effect here: PyTorch's own kernels are used)",
         "(only true: the loss is defined per token over the global batch)",
         "Unit: minutes. [60]",

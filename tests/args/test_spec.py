@@ -51,8 +51,7 @@ def test_defaults_obey_their_own_rules():
 @pytest.mark.parametrize(
     ("command", "flags", "what", "do"),
     [
-        (SftArguments, "--expert_model_parallel_size 2", "expert parallelism", "leave it at 1"),
-        (SftArguments, "--num_experts 8", "mixture-of-experts", "leave it out"),
+        (SftArguments, "--moe_layer_freq [0,2]", "a number such as 2, or a list of 0 and 1", ""),
         (SftArguments, "--ckpt_format zarr", "checkpoint format", "leave it at torch_dist"),
         (SftArguments, "--dataloader_type external", "streaming", "use cyclic or single"),
         (SftArguments, "--streaming", "streaming", "leave it at false"),

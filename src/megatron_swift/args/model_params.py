@@ -3,13 +3,31 @@
 # ruff: noqa: RUF009  (`param` makes a field, as dataclasses.field does)
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from megatron_swift.args.spec import Arguments, param
 
-_MOE = "a mixture-of-experts model"
 _CONFIG = "Default: from config.json."
+
+
+def layer_freq(text: str) -> int | list[int]:
+    """N, or a list of a 0 or 1 per layer. Raises ValueError for anything else."""
+    value = json.loads(text)
+    if isinstance(value, list) and value and all(type(v) is int and v in (0, 1) for v in value):
+        return value
+    if type(value) is int and value >= 1:
+        return value
+    raise ValueError(text)
+
+
+def _layer_freq_problem(text: str) -> str:
+    try:
+        layer_freq(text)
+    except ValueError:
+        return "a number such as 2, or a list of 0 and 1 such as [0,1,1]"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,38 +129,52 @@ class ModelShapeParams(Arguments):
 class MoeParams(Arguments):
     group: ClassVar[str] = "MoE"
 
-    num_experts: int | None = param(None, f"Experts per layer. {_CONFIG}", at_least=1, not_yet=_MOE)
+    num_experts: int | None = param(None, f"Experts per layer. {_CONFIG}", at_least=1)
     moe_ffn_hidden_size: int | None = param(
-        None, "Inner width of each expert. Default: from config.json, else ffn_hidden_size.", at_least=1, not_yet=_MOE
+        None, "Inner width of each expert. Default: from config.json, else ffn_hidden_size.", at_least=1
     )
     moe_shared_expert_intermediate_size: int | None = param(
-        None, f"Inner width of all shared experts together; 0 = none. {_CONFIG}", at_least=0, not_yet=_MOE
+        None, f"Inner width of all shared experts together; 0 = none. {_CONFIG}", at_least=0
     )
-    moe_router_topk: int | None = param(None, f"Experts that each token goes to. {_CONFIG}", at_least=1, not_yet=_MOE)
-    moe_router_pre_softmax: bool | None = param(
-        None, f"Apply the router's softmax before the top-k choice. {_CONFIG}", not_yet=_MOE
+    moe_layer_freq: str | None = param(
+        None,
+        "Which layers have experts: N for every N-th, or one 0 or 1 per layer as in [0,1,1]. " + _CONFIG,
+        check=_layer_freq_problem,
+    )
+    moe_router_topk: int | None = param(None, f"Experts that each token goes to. {_CONFIG}", at_least=1)
+    moe_router_pre_softmax: bool | None = param(None, f"Apply the router's softmax before the top-k choice. {_CONFIG}")
+    moe_router_dtype: Literal["fp32", "fp64", "none"] = param(
+        "fp32", "Data type of the router's logits; none = the model's. Megatron-SWIFT 3.4 uses the model's."
     )
     moe_aux_loss_coeff: float | None = param(
-        None, f"Weight of the load-balancing loss; 0.01 is a good start. {_CONFIG}", at_least=0, not_yet=_MOE
+        None, f"Weight of the load-balancing loss; 0.01 is a good start. {_CONFIG}", at_least=0
     )
-    expert_model_parallel_size: int = param(
-        1, "Ranks that the experts are spread over.", at_least=1, not_yet="expert parallelism"
+    expert_model_parallel_size: int = param(1, "Ranks that the experts are spread over.", at_least=1)
+    expert_tensor_parallel_size: int | None = param(
+        None, "Ranks that share each expert's matrices. Default: tensor_model_parallel_size.", at_least=1
     )
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "alltoall_seq"] = param(
-        "alltoall", "How tokens travel to their experts; the result is the same.", not_yet=_MOE
+        "alltoall", "How tokens travel to their experts; the result is the same, and alltoall_seq runs as alltoall."
     )
-    moe_grouped_gemm: bool = param(False, "Compute all experts of a rank in one grouped matrix product.", not_yet=_MOE)
-    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "sinkhorn", "none"] = param(
+    moe_grouped_gemm: bool = param(
+        True, "Compute all experts of a rank in one grouped matrix product. Megatron-SWIFT's default is false."
+    )
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] = param(
         "aux_loss",
-        "How the router is kept balanced: by a loss per micro-batch or per sequence, by Sinkhorn assignment, or not.",
-        not_yet=_MOE,
+        "How the router is kept balanced: by a loss per micro-batch, per sequence or over all ranks, by Sinkhorn assignment, or not.",
     )
     moe_z_loss_coeff: float | None = param(
-        None, "Weight of the loss that keeps router logits small. Default: no such loss.", at_least=0, not_yet=_MOE
+        None, "Weight of the loss that keeps router logits small. Default: no such loss.", at_least=0
     )
     moe_expert_capacity_factor: float | None = param(
-        None, "Drop an expert's tokens beyond this multiple of the even share. Default: drop none.", not_yet=_MOE
+        None, "Drop an expert's tokens beyond this multiple of the even share; negative = none. Default: drop none."
+    )
+    moe_token_drop_policy: Literal["probs", "position"] = param(
+        "probs", "Which tokens stay within the capacity: the most probable, or the first of the row."
+    )
+    moe_pad_expert_input_to_capacity: bool = param(
+        False, "Fill each expert's input up to its capacity, so that all have one shape."
     )
     moe_shared_expert_overlap: bool = param(
-        False, "Compute shared experts while tokens travel to the others.", not_yet=_MOE
+        False, "On a GPU: compute shared experts on a stream of their own while tokens travel to the others."
     )

@@ -98,6 +98,13 @@ def has_stacked_experts(names: Iterable[str]) -> bool:
     return any(name.endswith(_STACKED) for name in names)
 
 
+def keeps_experts_stacked(folder: Path) -> bool:
+    """The same of a folder, which may hold no weights at all."""
+    if not any((folder / name).is_file() for name in (INDEX, "model.safetensors")):
+        return False
+    return has_stacked_experts(SafetensorsFolder(folder).file_of)
+
+
 def parse_size(text: str) -> int:
     """'5GB', '200MB', '1000' -> bytes: 1000s, or 1024s for KiB, MiB and so on, as transformers counts. Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?\s*", text, re.IGNORECASE)

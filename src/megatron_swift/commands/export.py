@@ -133,7 +133,7 @@ def _to_mcore(args: ExportArguments, described: Described, model_dir: Path) -> C
 
 def _to_hf(args: ExportArguments, described: Described, model_dir: Path, load: Path | None) -> Callable[[Path], None]:
     from megatron_swift.checkpoint.dcp import MegatronWeights
-    from megatron_swift.checkpoint.huggingface import parse_size, write_hugging_face
+    from megatron_swift.checkpoint.huggingface import keeps_experts_stacked, parse_size, write_hugging_face
     from megatron_swift.checkpoint.layout import tensor_specs
     from megatron_swift.checkpoint.publish import latest
     from megatron_swift.checkpoint.ranks import single
@@ -150,7 +150,13 @@ def _to_hf(args: ExportArguments, described: Described, model_dir: Path, load: P
 
     def write(staging: Path) -> None:
         write_hugging_face(
-            source, cfg, staging, like=model_dir, dtype=dtype, max_shard_size=parse_size(args.max_shard_size)
+            source,
+            cfg,
+            staging,
+            like=model_dir,
+            dtype=dtype,
+            max_shard_size=parse_size(args.max_shard_size),
+            stacked_experts=keeps_experts_stacked(model_dir),
         )
         _write_args(staging, args, described, model_dir, dtype)
 

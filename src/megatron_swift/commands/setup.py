@@ -5,6 +5,7 @@ The data is read, encoded and packed here too, so that no rank ever waits for an
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -15,6 +16,8 @@ from typing import cast
 
 from megatron_swift.args.commands import DataShowArguments, TrainArguments
 from megatron_swift.args.inherit import inherit
+from megatron_swift.args.model_params import layer_freq
+from megatron_swift.args.moe_rules import Experts, check_experts
 from megatron_swift.args.rules import (
     Shape,
     check_layout,
@@ -34,7 +37,7 @@ from megatron_swift.data.prepare import DataOptions, Prepared, prepare
 from megatron_swift.data.show import render_sample
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
-from megatron_swift.models.config import ModelConfig
+from megatron_swift.models.config import ModelConfig, MoEConfig
 from megatron_swift.models.families import Described, describe
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.hub import local_model
@@ -58,6 +61,13 @@ MODEL_FIELDS = {
     },
     "add_qkv_bias": "qkv_bias",
     "padded_vocab_size": "vocab_size",
+}
+MOE_FIELDS = {
+    "num_experts": "num_experts",
+    "moe_ffn_hidden_size": "ffn_hidden_size",
+    "moe_shared_expert_intermediate_size": "shared_size",
+    "moe_router_topk": "topk",
+    "moe_router_pre_softmax": "pre_softmax",
 }
 
 
@@ -108,6 +118,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     model = override(described.config, args)
     check_lengths(args, max_position_embeddings=model.max_position_embeddings)
     dp_size = data_parallel_size(args, world_size=world_size(env))
+    check_experts(args, _experts(model), world_size=world_size(env))
     check_layout(args, _shape(model), num_micro_batches=args.global_batch_size // (args.micro_batch_size * dp_size))
     if tokenizer.vocab_size > model.vocab_size:
         raise UsageError(
@@ -149,11 +160,27 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
 
 
 def _shape(model: ModelConfig) -> Shape:
+    moe, inner = model.moe, model.ffn_hidden_size
+    if moe is not None:  # only what is there must divide: a model without dense layers still names their width
+        inner = math.gcd(inner if not all(moe.sparse_layers) else 0, moe.shared_size)
     return Shape(
         num_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
-        ffn_hidden_size=model.ffn_hidden_size,
+        ffn_hidden_size=inner,
+    )
+
+
+def _experts(model: ModelConfig) -> Experts | None:
+    moe = model.moe
+    if moe is None:
+        return None
+    return Experts(
+        number=moe.num_experts,
+        topk=moe.topk,
+        ffn_hidden_size=moe.ffn_hidden_size,
+        shared_size=moe.shared_size,
+        pre_softmax=moe.pre_softmax,
     )
 
 
@@ -186,13 +213,46 @@ def override(config: ModelConfig, args: TrainArguments) -> ModelConfig:
             get_logger().warning(
                 "model parameter %s: %r instead of config.json's %r", name, value, getattr(config, name)
             )
-    model = config.replace(**changes)
+    model = config.replace(**changes, moe=_override_experts(config, args))
     if model.num_attention_heads % model.num_query_groups:
         raise UsageError(
             f"num_attention_heads {model.num_attention_heads} is not a multiple of num_query_groups {model.num_query_groups}",
             do="leave --num_attention_heads and --num_query_groups out: config.json has them",
         )
     return model
+
+
+def _override_experts(config: ModelConfig, args: TrainArguments) -> MoEConfig | None:
+    moe = config.moe
+    if moe is None:
+        if args.num_experts is not None:
+            raise UsageError(
+                f"--num_experts {args.num_experts}: the model has no experts",
+                why="its config.json describes a dense model",
+                do="leave --num_experts out",
+            )
+        return None
+    changes = {ours: value for name, ours in MOE_FIELDS.items() if (value := getattr(args, name)) is not None}
+    if args.moe_layer_freq is not None:
+        changes["sparse_layers"] = _sparse_layers(args.moe_layer_freq, config.num_layers)
+    for name, value in changes.items():
+        if getattr(moe, name) != value:
+            get_logger().warning("experts' %s: %r instead of config.json's %r", name, value, getattr(moe, name))
+    return dataclasses.replace(moe, **changes)
+
+
+def _sparse_layers(text: str, num_layers: int) -> tuple[bool, ...]:
+    freq = layer_freq(text)
+    if isinstance(freq, int):
+        return tuple(i % freq == 0 for i in range(num_layers))
+    if len(freq) != num_layers or not any(freq):
+        raise UsageError(
+            f"--moe_layer_freq {text}: {len(freq)} entries for {num_layers} layers"
+            if any(freq)
+            else f"--moe_layer_freq {text}: no layer has experts",
+            do="give one 0 or 1 for each layer, at least one 1",
+        )
+    return tuple(map(bool, freq))
 
 
 def choose_dtype(args: TrainArguments, model: ModelConfig) -> str:
@@ -286,6 +346,7 @@ def _print_banner(setup: RunSetup, reason: str, prepared: Prepared, tokenizer: T
         "model": f"{setup.model_dir}  {model.num_layers} layers, hidden {model.hidden_size}, {num_parameters(model) / 1e6:.1f} M parameters",
         "weights": f"{setup.load or setup.model_dir}  in {setup.dtype}"
         + (", float32 masters" if setup.dtype != "float32" else ""),
+        **({"experts": _experts_line(model)} if model.moe is not None else {}),
         "template": f"{setup.template} ({reason})",
         "batch": f"micro {mbs} x data parallel {dp} x accumulation {gbs // mbs // dp} = global {gbs}",
         "schedule": f"{setup.train_iters} iterations = {passes:.2f} passes over {setup.num_rows} rows",
@@ -315,3 +376,11 @@ def _evaluation_line(setup: RunSetup) -> str:
 def num_parameters(model: ModelConfig) -> int:
     """Parameters of the model, from its table of tensors."""
     return sum(math.prod(spec.shape) for spec in tensor_specs(model).values())
+
+
+def _experts_line(model: ModelConfig) -> str:
+    moe = model.moe
+    assert moe is not None
+    layers = "all layers" if all(moe.sparse_layers) else f"{sum(moe.sparse_layers)} of {model.num_layers} layers"
+    shared = f", one of {moe.shared_size} shared by all tokens" if moe.shared_size else ""
+    return f"{moe.num_experts} of inner width {moe.ffn_hidden_size}, {moe.topk} per token, in {layers}{shared}"

@@ -14,12 +14,12 @@ import torch
 
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
-from megatron_swift.args.rules import virtual_stages
 from megatron_swift.checkpoint.dcp import MegatronWeights
 from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
 from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import TORCH_DTYPES
+from megatron_swift.commands.engine_options import engine_options, sizes
 from megatron_swift.commands.saving import RunFolder, checkpoint_to_load, run_folder, saving
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.data.cache import PackedRows
@@ -27,10 +27,8 @@ from megatron_swift.data.loader import TrainLoader, eval_batches
 from megatron_swift.data.order import Order
 from megatron_swift.data.prepare import open_prepared
 from megatron_swift.parallel import mesh as meshes
-from megatron_swift.parallel.data import Sharding
-from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
-from megatron_swift.parallel.mesh import Mesh, Sizes
-from megatron_swift.parallel.recompute import Recompute
+from megatron_swift.parallel.engine import Engine, build_engine
+from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.train.loop import Actions, LoopOptions, train
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
 from megatron_swift.train.outputs import VS_SAMPLES, OutputOptions, Outputs
@@ -68,8 +66,9 @@ class _Run:
 def run(setup: RunSetup, *, started: float | None = None) -> None:
     """Train. started: when the user's command began (time.time), to say how long the start took."""
     args = setup.args
-    sizes = Sizes(args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
-    mesh = meshes.start(backend=args.distributed_backend, timeout_minutes=args.distributed_timeout_minutes, sizes=sizes)
+    mesh = meshes.start(
+        backend=args.distributed_backend, timeout_minutes=args.distributed_timeout_minutes, sizes=sizes(setup)
+    )
     try:
         _seed(args)
         with run_folder(setup) as folder, listening() as request:
@@ -129,25 +128,6 @@ def _seed(args: TrainArguments) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True)
-
-
-def engine_options(setup: RunSetup) -> EngineOptions:
-    """The arguments that say how to compute and how to spread the model."""
-    args = setup.args
-    strategy = args.data_parallel_sharding_strategy or ("optim" if args.use_distributed_optimizer else "no_shard")
-    return EngineOptions(
-        compute_dtype=TORCH_DTYPES[setup.dtype],
-        attention_backend="flash" if args.use_flash_attn else args.attention_backend,
-        softmax_in_fp32=args.attention_softmax_in_fp32,
-        chunked_cross_entropy=args.cross_entropy_loss_fusion,
-        sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
-        sharding=Sharding(strategy),
-        context_kind=args.cp_comm_type,
-        recompute=Recompute(args.recompute_granularity, args.recompute_method, args.recompute_num_layers),
-        chunks_per_rank=virtual_stages(args, num_layers=setup.model.num_layers),
-        first_layers=args.decoder_first_pipeline_num_layers,
-        last_layers=args.decoder_last_pipeline_num_layers,
-    )
 
 
 def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:

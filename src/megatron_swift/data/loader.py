@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -169,6 +170,8 @@ class TrainLoader:
         self._pin = pin_memory and torch.cuda.is_available()
         self._loader: DataLoader | None = None
         if num_workers > 0:
+            # As many as the user asked for: torch advises every rank for itself, by the machine's cores.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
             self._loader = DataLoader(
                 self._steps,
                 batch_size=None,

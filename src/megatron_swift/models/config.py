@@ -85,6 +85,15 @@ class ModelConfig:
         """Whether a layer has experts."""
         return self.moe is not None and self.moe.sparse_layers[layer]
 
+    def active_parameters(self, layer: int) -> int:
+        """Parameters of a layer's matrices that one token meets: of the routed experts, those it goes to."""
+        attention = self.qkv_rows + self.num_attention_heads * self.kv_channels
+        if not self.is_sparse(layer):
+            return self.hidden_size * (attention + 3 * self.ffn_hidden_size)
+        assert self.moe is not None
+        inner = self.moe.topk * self.moe.ffn_hidden_size + self.moe.shared_size
+        return self.hidden_size * (attention + 3 * inner + self.moe.num_experts)
+
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -8,9 +8,9 @@ from megatron_swift.models.config import ModelConfig
 
 
 def head_cost(cfg: ModelConfig) -> float:
-    """The output layer's work in units of one transformer layer, by parameters in matrix products."""
-    layer = cfg.hidden_size * (cfg.qkv_rows + cfg.num_attention_heads * cfg.kv_channels + 3 * cfg.ffn_hidden_size)
-    return cfg.hidden_size * cfg.vocab_size / layer
+    """The output layer's work in units of an average transformer layer, by parameters in a token's matrix products."""
+    layers = sum(cfg.active_parameters(i) for i in range(cfg.num_layers))
+    return cfg.hidden_size * cfg.vocab_size * cfg.num_layers / layers
 
 
 def split_layers(

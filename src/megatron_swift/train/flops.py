@@ -9,11 +9,10 @@ from megatron_swift.parallel.engine import Counts
 def step_flops(cfg: ModelConfig, counts: Counts) -> float:
     """Floating-point operations of forward and backward over a global batch, recomputation and optimizer not counted.
 
-    6 x (parameters in matrix products) per token, and 6 x heads x head size x length^2 per layer and segment: causal attention is two
-    products of length x length x head size, halved by the mask (Megatron's own figure does not halve it and assumes rows of
+    6 x (parameters in matrix products that a token meets) per token, and 6 x heads x head size x length^2 per layer and segment:
+    causal attention is two products of length x length x head size, halved by the mask (Megatron's own figure does not halve it and assumes rows of
     seq_length). The output layer counts for every token although the prompts' logits are not computed: the work a trainer is asked for.
     """
-    per_layer = cfg.hidden_size * (cfg.qkv_rows + cfg.num_attention_heads * cfg.kv_channels + 3 * cfg.ffn_hidden_size)
-    matrices = cfg.num_layers * per_layer + cfg.hidden_size * cfg.vocab_size
+    matrices = sum(cfg.active_parameters(i) for i in range(cfg.num_layers)) + cfg.hidden_size * cfg.vocab_size
     attention = cfg.num_layers * cfg.num_attention_heads * cfg.kv_channels * counts.squares
     return 6.0 * (matrices * counts.tokens + attention)

@@ -16,6 +16,7 @@ import torch
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.train.curves import draw_curves
 from megatron_swift.train.flops import step_flops
+from megatron_swift.train.router_health import RouterHealth, by_layer, summary
 from megatron_swift.train.step import StepReport
 from megatron_swift.train.trackers import TrackerOptions, Trackers
 from megatron_swift.utils.files import storage_errors
@@ -78,6 +79,7 @@ class Outputs:
         self.last_step = time.perf_counter()
         self.seconds_per_step = math.nan
         self.bar = ProgressBar(self.options.train_iters)
+        self.health = RouterHealth()
 
     def step(self, iteration: int, samples: int, report: StepReport, *, lr: float, params_norm: float | None) -> None:
         """Account for one finished iteration. lr: the rate after it, as Megatron prints it."""
@@ -87,6 +89,7 @@ class Outputs:
         self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * seconds if known else seconds
         flops = step_flops(self.cfg, report.counts)
         self._add(report, flops)
+        self.health.step(iteration, report.routers)
         if iteration % self.options.tracker_interval == 0:
             self._track(iteration, samples, report, lr=lr, params_norm=params_norm, seconds=seconds, flops=flops)
         if iteration % self.options.log_interval == 0 or iteration in (1, self.options.train_iters):
@@ -96,9 +99,9 @@ class Outputs:
 
     def skip_time(self) -> None:
         """Leave out of the next step's time what passed since the last one (an evaluation, a save)."""
-        pause = time.perf_counter() - self.last_step
-        self.last_step += pause
-        self.interval.started += pause
+        now = time.perf_counter()
+        self.interval.started += now - max(self.last_step, self.interval.started)  # it may have begun after the step
+        self.last_step = now
 
     def evaluation(self, iteration: int, samples: int, loss: float, *, where: str) -> None:
         """Print and keep a validation loss; where: "iteration 100", or "the end of training"."""
@@ -167,7 +170,9 @@ class Outputs:
             values["mem-allocated-bytes"] = float(torch.cuda.memory_allocated())
             values["mem-max-allocated-bytes"] = float(torch.cuda.max_memory_allocated())
             values["mem-allocated-count"] = float(torch.cuda.memory_stats().get("allocation.all.current", 0))
-        self._keep(iteration, samples, values)
+        self._keep(iteration, samples, values | summary(report.routers))
+        if report.routers:
+            self.trackers.scalars(by_layer(report.routers), step=iteration, samples=samples)
 
     def _keep(self, iteration: int, samples: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -181,6 +186,7 @@ class Outputs:
         tflops = interval.flops / elapsed / options.world_size / 1e12
         loss = interval.loss / interval.trained if interval.trained else math.nan
         memory, remaining = memory_gib(), self._remaining(iteration)
+        routers = summary(report.routers)
         stamp = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         parts = [
             f" [{stamp}] iteration {iteration:8d}/{options.train_iters:8d}",
@@ -190,6 +196,7 @@ class Outputs:
             f"learning rate: {lr:.6E}",
             f"global batch size: {options.global_batch_size:5d}",
             f"lm loss: {loss:.6E}",
+            *_router_parts(routers),
             f"loss scale: {report.loss_scale:.1f}",
             f"grad norm: {report.grad_norm:.3f}",
             *([f"params norm: {params_norm:.3f}"] if params_norm is not None else []),
@@ -205,6 +212,7 @@ class Outputs:
             "grad_norm": round(report.grad_norm, 8),
             "learning_rate": round(lr, 12),
             **({"params_norm": round(params_norm, 8)} if params_norm is not None else {}),
+            **{name: round(value, 6) for name, value in routers.items()},
             "consumed_samples": samples,
             "global_step/max_steps": f"{iteration}/{options.train_iters}",
             "loss_scale": report.loss_scale,
@@ -223,6 +231,11 @@ class Outputs:
         path = self.options.run_dir / "logging.jsonl"
         with storage_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+
+
+def _router_parts(values: dict[str, float]) -> list[str]:
+    """Entries of the console line; none for a dense model."""
+    return [f"{name}: {value:.4G}" for name, value in values.items()]
 
 
 def format_seconds(seconds: float) -> str:

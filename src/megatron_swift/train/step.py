@@ -8,19 +8,24 @@ from dataclasses import dataclass
 
 from megatron_swift.data.types import Batch
 from megatron_swift.parallel.engine import Counts, Engine
+from megatron_swift.parallel.routers import LayerReport
 from megatron_swift.train.optim import Optimizer
 from megatron_swift.train.precision import LossScale
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """loss: mean over the global batch's trained tokens. grad_norm: before clipping. skipped: the parameters were left alone."""
+    """loss: mean over the global batch's trained tokens. grad_norm: before clipping. skipped: the parameters were left alone.
+
+    routers: what the routers of each sparse layer did; empty for a dense model.
+    """
 
     loss: float
     grad_norm: float
     counts: Counts
     loss_scale: float
     skipped: bool
+    routers: tuple[LayerReport, ...] = ()
 
 
 def train_step(
@@ -52,4 +57,5 @@ def train_step(
     else:
         engine.shards.drop_grads()
     loss_scale.update(overflow=not finite)
-    return StepReport(loss, norm, counts, scale, skipped=not finite)
+    routers = engine.routers.take() if engine.routers is not None else ()
+    return StepReport(loss, norm, counts, scale, skipped=not finite, routers=routers)
