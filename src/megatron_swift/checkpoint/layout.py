@@ -77,9 +77,7 @@ class TensorSpec:
         for first, last in whole_blocks(start, stop, block):
             expert, row = divmod(first, block)
             experts, rows = ((last - first) // block, block) if (last - first) % block == 0 else (1, last - first)
-            found.append(
-                ((first, last), (*stack, expert, row, *column), (*(1 for _ in stack), experts, rows, *width))
-            )
+            found.append(((first, last), (*stack, expert, row, *column), (*(1 for _ in stack), experts, rows, *width)))
         return found
 
 

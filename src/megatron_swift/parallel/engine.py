@@ -43,7 +43,7 @@ class Counts(NamedTuple):
     trained: int
     tokens: int
     squares: int
-    rows: int
+    rows: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
