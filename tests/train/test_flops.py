@@ -15,7 +15,7 @@ from megatron_swift.train.flops import step_flops
 from tiny_models import SMALL, as_batch, load, make_engine, random_samples
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
 def test_step_flops(tmp_path, family):
     model = load(make_tiny_model(tmp_path, family=family, **SMALL))
     model.set_attention(unfused_attention)
@@ -34,4 +34,4 @@ def test_counts_of_batches(tmp_path):
     rng = np.random.default_rng(0)
     batches: list[Batch] = [as_batch(random_samples(rng, lengths, trained=0.5)) for lengths in ((24,), (3, 5))]
     engine = make_engine(make_tiny_model(tmp_path, **SMALL), torch.float32)
-    assert engine.count(batches) == (sum(b.num_trained for b in batches), 32, 24**2 + 3**2 + 5**2)
+    assert engine.count(batches) == (sum(b.num_trained for b in batches), 32, 24**2 + 3**2 + 5**2, 2)

@@ -92,7 +92,8 @@ class ModelConfig:
             return self.hidden_size * (attention + 3 * self.ffn_hidden_size)
         assert self.moe is not None
         inner = self.moe.topk * self.moe.ffn_hidden_size + self.moe.shared_size
-        return self.hidden_size * (attention + 3 * inner + self.moe.num_experts)
+        gates = self.moe.num_experts + (1 if self.moe.shared_size else 0)
+        return self.hidden_size * (attention + 3 * inner + gates)
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
