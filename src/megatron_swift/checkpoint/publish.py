@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from megatron_swift.checkpoint.manifest import MANIFEST, Entry, sum_file, write_file, write_manifest
 from megatron_swift.checkpoint.ranks import Group
-from megatron_swift.checkpoint.verify import failure_of
+from megatron_swift.checkpoint.verify import failure_of, is_ours
 from megatron_swift.utils.errors import StorageError, SwiftError, UsageError
 from megatron_swift.utils.files import fsync_folder, storage_errors, write_text
 from megatron_swift.utils.log import get_logger
@@ -68,7 +68,7 @@ def publish(
     """
     final = iteration_folder(run, iteration)
     staging = run / group.gather(f".{final.name}.tmp-{secrets.token_hex(4)}")[0]
-    if any(group.gather(iteration in published(run))) and _keep(final, group):
+    if any(group.gather(iteration in published(run) or is_ours(final))) and _keep(final, group):
         return Published(final, kept=True)
     try:
         group.together(staging, lambda: _make(staging) if group.leads else None)

@@ -13,6 +13,11 @@ from megatron_swift.utils.log import get_logger
 _OURS = "state.json"  # only a training run writes it, and always with a manifest
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a training run of ours made the folder, even if its manifest is gone."""
+    return (folder / _OURS).is_file()
+
+
 def failure_of(folder: Path, group: Group) -> CheckpointError | None:
     """What is wrong with a checkpoint, on every rank; None where nothing is. Every rank calls it with the folder on its disk.
 
@@ -32,7 +37,7 @@ def failure_of(folder: Path, group: Group) -> CheckpointError | None:
             verify(folder, part=peers.index(group.rank), of=len(peers))
         elif not folder.is_dir():
             raise CheckpointError(f"{folder} is missing", do="give a folder that holds iter_* folders, on every node")
-        elif (folder / _OURS).is_file():
+        elif is_ours(folder):
             raise CheckpointError(f"{manifest} is missing", do="use another checkpoint")
     except CheckpointError as error:
         found = error
