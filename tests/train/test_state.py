@@ -66,7 +66,7 @@ def _save(mesh, engine, optimizer, model, folder, dtype, state):
         mesh=mesh,
         shards=engine.shards,
         specs=tensor_specs(cfg),
-        num_layers=cfg.num_layers,
+        cfg=cfg,
         dtype=dtype,
         state=state,
         optimizer=optimizer,

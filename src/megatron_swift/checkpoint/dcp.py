@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ class _SavePieces(DefaultSavePlanner):
             )
             for p in self.state_dict["pieces"]
         ]
+        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.state_dict["objects"]]
         self.plan = SavePlan(items)
         return self.plan
 
@@ -124,7 +125,9 @@ class _SavePieces(DefaultSavePlanner):
         self.global_plan, self.metadata = create_default_global_save_plan(all_plans)
         return self.global_plan, self.metadata
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(self.state_dict["objects"][write_item.index.fqn])
         # The global plan adds a hint to the index; equality of MetadataIndex ignores it.
         return self.pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)].read().detach().contiguous()
 
@@ -136,9 +139,11 @@ def save_pieces(
     distributed: bool,
     process_group: dist.ProcessGroup | None = None,
     threads: int = 1,
+    objects: Mapping[str, bytes] | None = None,
 ) -> dict[str, Entry]:
     """Write the pieces of all ranks into `folder`, which exists; returns the checksums of the files that this rank wrote.
 
+    objects : things that are no tensors, by key, as torch.save made them; each from one rank.
     With `distributed` every rank of the group (None: the default one) must call it. threads: files per rank.
     What fails on one rank is raised on all of them.
     """
@@ -150,7 +155,7 @@ def save_pieces(
         with warnings.catch_warnings(), _without_zip_checksums():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is what no_dist asks for
             dcp.save(
-                {"pieces": kept},
+                {"pieces": kept, "objects": objects or {}},
                 storage_writer=writer,
                 planner=planner,
                 process_group=process_group,

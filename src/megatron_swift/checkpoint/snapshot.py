@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,16 +18,21 @@ Buffers = dict[tuple[str, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """pieces: this rank's boxes. files: this rank's small files by name."""
+    """pieces: this rank's boxes. files: this rank's small files by name. objects: what it stores by key besides tensors."""
 
     pieces: Sequence[Piece]
     files: Mapping[str, bytes]
+    objects: Mapping[str, bytes] = field(default_factory=dict)
 
     def write(self, folder: Path, group: Group) -> dict[str, Entry]:
         """Write both into a folder; returns the checksums. Every rank calls it, and what fails in a piece is raised on all."""
         # The pieces first: their ranks meet in collectives, which one rank with a full disk must not miss.
         entries = save_pieces(
-            folder, self.pieces, distributed=group.process_group is not None, process_group=group.process_group
+            folder,
+            self.pieces,
+            distributed=group.process_group is not None,
+            process_group=group.process_group,
+            objects=self.objects,
         )
         return entries | {name: write_file(folder / name, data) for name, data in self.files.items()}
 

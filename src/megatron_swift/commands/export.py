@@ -101,6 +101,8 @@ def _to_mcore(args: ExportArguments, described: Described, model_dir: Path) -> C
     from megatron_swift.checkpoint.dcp import Piece, lazy_piece, save_pieces
     from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
     from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
+    from megatron_swift.checkpoint.manifest import Entry, write_file
+    from megatron_swift.checkpoint.megatron_common import COMMON, common_file, extra_states
     from megatron_swift.checkpoint.publish import publish
     from megatron_swift.checkpoint.ranks import single
     from megatron_swift.checkpoint.weights import TORCH_DTYPES
@@ -118,13 +120,15 @@ def _to_mcore(args: ExportArguments, described: Described, model_dir: Path) -> C
         pieces = [piece(spec) for spec in specs.values()]
         size = sum(math.prod(spec.shape) for spec in specs.values()) * TORCH_DTYPES[dtype].itemsize
         threads = args.thread_count or max(math.ceil(size / 1e10), 2)
+
         # Iteration 1, as the original writes it.
-        publish(
-            staging,
-            1,
-            lambda folder: save_pieces(folder, pieces, distributed=False, threads=threads),
-            group=single(),
-        )
+        def write_all(folder: Path) -> dict[str, Entry]:
+            common = write_file(folder / COMMON, common_file(cfg, iteration=1, consumed_samples=0))
+            objects = extra_states(cfg)
+            entries = save_pieces(folder, pieces, distributed=False, threads=threads, objects=objects)
+            return entries | {COMMON: common}
+
+        publish(staging, 1, write_all, group=single())
         copy_companions(model_dir, staging / FOLDER, config=True)
         _write_args(staging, args, described, model_dir, dtype)
 

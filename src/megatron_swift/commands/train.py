@@ -337,7 +337,7 @@ def _snapshot(parts: _Run, state: TrainState) -> Snapshot:
         mesh=parts.mesh,
         shards=parts.engine.shards,
         specs=parts.specs,
-        num_layers=setup.model.num_layers,
+        cfg=setup.model,
         dtype=TORCH_DTYPES[setup.dtype],
         state=state,
         optimizer=None if args.no_save_optim else parts.optimizer,

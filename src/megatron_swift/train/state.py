@@ -15,8 +15,10 @@ from torch import Tensor
 
 from megatron_swift.checkpoint.dcp import MegatronWeights, Piece, pieces_of
 from megatron_swift.checkpoint.layout import TensorSpec
+from megatron_swift.checkpoint.megatron_common import COMMON, common_file, extra_states
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import WeightSource
+from megatron_swift.models.config import ModelConfig
 from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.parallel.shards import Box, Shard, Shards
 from megatron_swift.train.optim import Optimizer
@@ -80,7 +82,7 @@ def take_snapshot(
     mesh: Mesh,
     shards: Shards,
     specs: dict[str, TensorSpec],
-    num_layers: int,
+    cfg: ModelConfig,
     dtype: torch.dtype,
     state: TrainState,
     optimizer: Optimizer | None,
@@ -90,13 +92,17 @@ def take_snapshot(
 
     optimizer None leaves its state out.
     """
-    files = {}
+    files: dict[str, bytes] = {}
+    objects: dict[str, bytes] = {}
     if save_rng:
         files[_rng_file(mesh.rank)] = json.dumps(_rng_state()).encode()
     if mesh.rank == 0:
         value = asdict(state) | {"optimizer": optimizer.options.kind if optimizer else None}
         files[STATE_FILE] = json.dumps(value, indent=1).encode()
-    return Snapshot(pieces(shards, specs, num_layers=num_layers, dtype=dtype, optimizer=optimizer), files)
+        files[COMMON] = common_file(cfg, iteration=state.iteration, consumed_samples=state.consumed_samples)
+        objects = extra_states(cfg)
+    mine = pieces(shards, specs, num_layers=cfg.num_layers, dtype=dtype, optimizer=optimizer)
+    return Snapshot(mine, files, objects)
 
 
 def read_state(folder: Path) -> TrainState:
