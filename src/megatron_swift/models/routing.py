@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+SINKHORN_LIMIT = 500  # iterations
 BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
 
 
@@ -118,20 +119,22 @@ def sinkhorn_route(logits: Tensor, *, topk: int, routing: Routing | None, sharer
     return scores.gather(-1, experts), experts
 
 
-def sinkhorn(cost: Tensor, count: int, *, tolerance: float = 1e-4) -> Tensor:
+def sinkhorn(cost: Tensor, count: int, *, tolerance: float = 1e-4, passes: int = 100) -> Tensor:
     """Rows of sum 1/count and columns of sum 1/E, by alternate scaling until the column factors change by less than the tolerance.
 
-    cost [T, E], positive; rows of zeros (of no token) stay zeros. Sinkhorn & Knopp 1967, with Megatron-Core's stopping rule.
+    cost [T, E], positive; rows of zeros (of no token) stay zeros. Sinkhorn & Knopp 1967, with Megatron-Core's stopping rule, and an end
+    after `passes`: where an expert's logits lie some 6 below the others', its factor is so large that rounding keeps it moving for ever.
     """
     tiny = 1e-8
-    columns = cost.new_ones(cost.shape[1])
-    while True:
+    columns = rows = cost.new_ones(cost.shape[1])
+    for _ in range(passes):
         rows = 1 / (max(count, 1) * (cost @ columns + tiny))
         new = 1 / (cost.shape[1] * (rows @ cost + tiny))
         change = (columns - new).abs().mean()
         columns = new
-        if not change > tolerance:
-            return columns * cost * rows[:, None]
+        if not change > tolerance:  # on a GPU each pass waits for this number
+            break
+    return columns * cost * rows[:, None]
 
 
 def _whole_row(values: Tensor, routing: Routing, sharers: Sharers) -> tuple[Tensor, Tensor]:
