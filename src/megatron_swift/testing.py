@@ -210,7 +210,9 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
         pairs = [context.Pipe(duplex=False) for _ in range(num_ranks)]
         port = _free_port()
         processes = [
-            context.Process(target=_rank_main, args=(rank, num_ranks, port, folder, pairs[rank][1], function, args))
+            context.Process(
+                target=_rank_main, args=(rank, num_ranks, port, folder, [sender for _, sender in pairs], function, args)
+            )
             for rank in range(num_ranks)
         ]
         for process in processes:
@@ -240,10 +242,14 @@ def _rank_main(
     world: int,
     port: int,
     folder: str,
-    results: Connection,
+    senders: Sequence[Connection],
     function: Callable[..., Any],
     args: Sequence[Any],
 ) -> None:
+    results = senders[rank]
+    for other in senders:
+        if other is not results:  # or a rank that dies is not noticed while another one, which waits for it, lives
+            other.close()
     torch.set_num_threads(1)  # a fork must not use OpenMP with more threads after its parent did: it can hang
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
