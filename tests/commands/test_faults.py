@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from faults import LENGTH, World, before, flip, half_done, kill, killed_at, on_write
+from torch import Tensor
 
 from megatron_swift.checkpoint import publish as publishing
-from megatron_swift.checkpoint.manifest import MANIFEST
-from megatron_swift.checkpoint.publish import TRACKER, iteration_folder, published
+from megatron_swift.checkpoint.dcp import DcpFolder, Piece
+from megatron_swift.checkpoint.manifest import MANIFEST, sum_file, write_manifest
+from megatron_swift.checkpoint.publish import TRACKER, iteration_folder, publish, published
+from megatron_swift.checkpoint.ranks import single
+from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.train import loop
 from megatron_swift.utils.errors import CheckpointError, Stopped, StorageError, UsageError
 
@@ -264,10 +272,67 @@ def test_f30_a_tracker_that_names_nothing(world, finished, tmp_path, capfd, trac
     assert "taking the newest published one, iteration 9" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["decoder.layers.mlp.linear_fc1.weight", "optimizer.state.exp_avg.decoder.final_layernorm.weight"],
+)
+def test_f28_a_tensor_of_another_precision(world, finished, tmp_path, key):
+    """Whole, but not what the run would write: a cast would go unnoticed."""
+    run, folder = tmp_path / "run", iteration_folder(finished, 9)
+    files = DcpFolder(folder)
+    pieces = []
+    for name, stored in files.tensors.items():
+        values = files.read(name, (0,) * len(stored.shape), stored.shape)
+        values = values.to(torch.float16) if name == key else values
+        pieces.append(
+            Piece(name, partial(Tensor.clone, values), values.dtype, stored.shape, (0,) * values.dim(), stored.shape)
+        )
+    run.mkdir()
+    others = {path.name: path.read_bytes() for pattern in ("state.json", "rng_*") for path in folder.glob(pattern)}
+    publish(run, 9, lambda staging: Snapshot(pieces, others).write(staging, single()), group=single())
+    with pytest.raises(CheckpointError, match=f"{key} is stored as float16, unlike the rest") as error:
+        world.resume(run)
+    assert error.value.exit_code == 4
+
+
 def test_f25_another_model(world, finished, tmp_path):
     with pytest.raises(CheckpointError, match=r"has shape|do not fit") as error:
         world.start(tmp_path / "run", "--load", str(finished), "--num_layers", "2")
     assert error.value.exit_code == 4
+
+
+class _Canary:
+    """Pickled as a call that makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "rng_00000.json", "state.json", "metadata.json", MANIFEST])
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
+def test_no_pickle_runs(world, finished, tmp_path, file, ours):
+    """Whatever file of a checkpoint is one, and whether there is a manifest that vouches for it or none at all."""
+    run, canary = tmp_path / "run", tmp_path / "canary"
+    folder = shutil.copytree(iteration_folder(finished, 9), run / "iter_0000009")
+    (run / TRACKER).write_text("9")
+    (folder / file).write_bytes(pickle.dumps(_Canary(canary)))
+    if file != MANIFEST:
+        (folder / MANIFEST).unlink()
+        if ours:
+            write_manifest(folder, {path.name: sum_file(path) for path in folder.iterdir()})
+        else:
+            (folder / "state.json").unlink(missing_ok=True)
+    more = ("--finetune", "true") if not ours else ()
+    with contextlib.suppress(CheckpointError):
+        world.start(
+            tmp_path / "out", "--load", str(run), "--model", str(world.place / "model"), "--train_iters", "10", *more
+        )
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(_Canary(canary)))
+    assert canary.exists(), "the file would have been a real danger"
 
 
 # F34, here without a launcher, and F50

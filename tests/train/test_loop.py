@@ -49,7 +49,7 @@ class Run:
     def _save(self, state):
         self.events.append(("save", state.iteration, state.skipped, state.optimizer_steps, dict(state.loss_scale)))
 
-    def __call__(self, *, evaluates: bool = True, rank: int = 0, **options):
+    def __call__(self, *, evaluates: bool = True, rank: int = 0, stops_at: int | None = None, **options):
         start, end = self.state.iteration, len(self.outcomes)
         values = {"train_iters": end, "global_batch_size": 4, "save_interval": 100, "eval_interval": 100} | options
         outputs = SimpleNamespace(
@@ -58,14 +58,18 @@ class Run:
             skip_time=lambda: self.events.append(("pause",)),
         )
         batch = as_batch(random_samples(np.random.default_rng(0), (4,), trained=1.0))
-        loop.train(
+        self.stopped = loop.train(
             SimpleNamespace(shards=SimpleNamespace(params_norm=lambda: 7.0)),
             SimpleNamespace(num_steps=42),
             schedule=SCHEDULE,
             loss_scale=self.scale,
             state=self.state,
             steps=[[batch._replace(rows=(n,))] for n in range(start, end)],
-            actions=Actions(evaluate=(lambda: self.seen("eval") or 0.5) if evaluates else None, save=self._save),
+            actions=Actions(
+                evaluate=(lambda: self.seen("eval") or 0.5) if evaluates else None,
+                save=self._save,
+                stop=lambda: "SIGTERM" if self.state.iteration == stops_at else "",
+            ),
             outputs=outputs if rank == 0 else None,
             options=LoopOptions(clip_grad=1.0, **values),
         )
@@ -161,6 +165,28 @@ def test_fp16_overflows_are_no_failure_until_the_scale_is_one(monkeypatch, log):
     with pytest.raises(NonFiniteError, match="iteration 36"):
         run()
     assert [r.levelno for r in log.records] == [logging.INFO] * 32 + [logging.WARNING] * 4
+
+
+@pytest.mark.parametrize("outcomes", ["nnnn", "xxnxnxxnxnx"])
+def test_a_loss_that_is_not_finite_is_no_fp16_overflow(monkeypatch, log, outcomes):
+    """No smaller scale mends it: the fourth such step ends the run, whatever overflows lie between."""
+    run = Run(monkeypatch, outcomes + "....", precision="float16")
+    with pytest.raises(
+        NonFiniteError, match=f"iteration {outcomes.rindex('n') + 1}: the loss is not finite for 4 steps"
+    ):
+        run()
+    assert sum(r.levelno == logging.WARNING for r in log.records) == 4
+
+
+def test_stopped_from_outside(monkeypatch):
+    """The iteration is saved, not evaluated, and nothing comes after it; at the end of training nobody is asked."""
+    run = Run(monkeypatch, "." * 9)(stops_at=4, save_interval=3, eval_interval=4)
+    assert run.stopped == "SIGTERM" and run.iterations_of("save") == [3, 4] and run.iterations_of("eval") == []
+    assert run.state.iteration == 4
+    run = Run(monkeypatch, "." * 9)(stops_at=3, save_interval=3)
+    assert run.iterations_of("save") == [3]
+    run = Run(monkeypatch, "." * 9)(stops_at=9)
+    assert run.stopped == "" and run.iterations_of("save") == [9] and run.iterations_of("eval") == [9]
 
 
 def test_manual_garbage_collection(monkeypatch):

@@ -97,7 +97,7 @@ def _check(report: StepReport, bad: int, iteration: int, batches: Sequence[Batch
     # Only gradients overflow by the scale: a loss that is not finite is none of its doing, and no smaller scale would mend it.
     if loss_scale.dynamic and loss_scale.scale > 1 and math.isfinite(report.loss):
         get_logger().info("iteration %d: fp16 overflow, step left out, loss scale now %g", iteration, loss_scale.scale)
-        return 0
+        return bad
     rows = [row for batch in batches for row in batch.rows]
     reason = "loss" if not math.isfinite(report.loss) else "gradient norm"
     get_logger().warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,28 @@ def load_optimizer(
             f"{source.files.folder} holds {found}, not of {optimizer.options.kind}",
             do="give --no_load_optim true to start with a new one, or --finetune true to start a new training",
         )
+    _check_dtypes(optimizer, specs, source)
     for shard in optimizer.shards:
         for name in optimizer.names:
             _load(optimizer.state(shard, name), shard, specs[shard.name], source, f"optimizer.state.{name}.")
     optimizer.set_num_steps(state.optimizer_steps)
+
+
+def _check_dtypes(optimizer: Optimizer, specs: dict[str, TensorSpec], source: MegatronWeights) -> None:
+    """State of another precision would be cast in silence, and training would go on from other numbers."""
+    stored = source.files.tensors
+    ((usual, _),) = Counter(stored[spec.megatron_key].dtype for spec in specs.values()).most_common(1)
+    odd = [spec.megatron_key for spec in specs.values() if stored[spec.megatron_key].dtype != usual]
+    for shard in optimizer.shards:
+        keys = [f"optimizer.state.{name}.{specs[shard.name].megatron_key}" for name in optimizer.names]
+        keys.append(_MASTER + specs[shard.name].megatron_key)
+        odd += [key for key in keys if key in stored and stored[key].dtype != shard.master.dtype]
+    if odd:
+        raise CheckpointError(
+            f"{source.files.folder}: {odd[0]} is stored as {str(stored[odd[0]].dtype).removeprefix('torch.')}, unlike the rest",
+            why=f"so are {len(odd) - 1} more" if len(odd) > 1 else "",
+            do="use another checkpoint, or give --finetune true to start a new training from its weights",
+        )
 
 
 def _rng_file(rank: int) -> str:
