@@ -168,7 +168,7 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
                 load_optimizer(optimizer, specs, source, state)
                 loss_scale.restore(state.loss_scale)
             if not args.no_load_rng:
-                load_rng(checkpoint, mesh)
+                folder.group.together(checkpoint, lambda: load_rng(checkpoint, mesh))
     return _Run(setup, folder, mesh, engine, optimizer, specs, loss_scale, state)
 
 
