@@ -76,7 +76,8 @@ class TensorSpec:
         found, block = [], self.shape[0] // self.experts
         for first, last in whole_blocks(start, stop, block):
             expert, row = divmod(first, block)
-            experts, rows = ((last - first) // block, block) if (last - first) % block == 0 else (1, last - first)
+            whole = row == 0 and (last - first) % block == 0  # an empty range may lie inside an expert
+            experts, rows = ((last - first) // block, block) if whole else (1, last - first)
             found.append(((first, last), (*stack, expert, row, *column), (*(1 for _ in stack), experts, rows, *width)))
         return found
 
