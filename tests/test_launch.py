@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -256,10 +257,63 @@ def test_killed_rank(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_launcher_is_told_to_stop(place, number, code):
-    run = Interrupted(place, f"stopped{number}")
-    run.process.send_signal(number)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("whom", ["launcher", "all"])
+def test_told_to_stop(place, number, whom):
+    """F34: the ranks save the iteration they are in; 75 tells a scheduler to start the run again."""
+    run = Interrupted(place, f"told{whom}{number}")
+    for pid in [run.process.pid] if whom == "launcher" else run.pids:
+        os.kill(pid, number)
+    said = run.ended(60)
+    assert said.code == 75 and "Traceback" not in said.err, said.err
+    (folder,) = (place / f"told{whom}{number}").iterdir()
+    saved = latest(folder)
+    assert saved is not None and not list(folder.glob(".iter_*"))
+    iteration = int(saved.name.removeprefix("iter_"))
+    assert f"stopped: {number.name} at iteration {iteration}, which is saved in {folder}" in said.err
+    flags = ("--load", folder, "--train_iters", iteration + 1, "--save", "again", "--num_workers", "0")
+    assert call(*SFT, *flags, cwd=place, NPROC_PER_NODE="2").code == 0
+
+
+def test_two_nodes_without_a_shared_disk(place):
+    """F40: it is said at the start; each node has its own part, and together they are a checkpoint."""
+    port = str(free_port())
+    nodes = []
+    for node in ("0", "1"):
+        flags = ("--model", "model", "--train_iters", "2", "--save", f"node{node}")
+        env = environment(
+            NNODES="2", NODE_RANK=node, NPROC_PER_NODE="1", MASTER_ADDR=socket.gethostname(), MASTER_PORT=port
+        )
+        pipe = subprocess.PIPE
+        nodes.append(subprocess.Popen(command(*SFT, *flags), cwd=place, env=env, stdout=pipe, stderr=pipe, text=True))
+    said = [process.communicate(timeout=120) for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], said
+    assert "--save is no shared disk: ranks [0] and [1] each write to one of their own" in said[0][1]
+    folders = [next((place / f"node{node}").iterdir()) for node in (0, 1)]
+    assert folders[0].name == folders[1].name
+    parts = [folder / "iter_0000002" for folder in folders]
+    files = [{path.name for path in part.iterdir()} for part in parts]
+    assert files[0] - files[1] == {"__0_0.distcp"} and files[1] - files[0] == {"__1_0.distcp", "rng_00001.json"}
+    assert (parts[0] / "manifest.json").read_bytes() == (parts[1] / "manifest.json").read_bytes()
+    flags = ("--load", folders[1], "--model", "model", "--train_iters", "3", "--save", "merged")
+    alone = call(*SFT, *flags, cwd=place, NPROC_PER_NODE="2")
+    assert alone.code == 4 and "__0_0.distcp is missing" in alone.err and "another node" in alone.err
+    shutil.copy(parts[0] / "__0_0.distcp", parts[1])
+    merged = call(*SFT, *flags, cwd=place, NPROC_PER_NODE="2")
+    assert merged.code == 0, merged.err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_launcher_is_told_to_stop_at_once(place):
+    run = Interrupted(place, "stopped")
+    run.process.send_signal(signal.SIGINT)
+    number, code = signal.SIGINT, 130
     said = run.ended(40)
     assert said.code == code and "Traceback" not in said.err and f"stopped by {number.name}" in said.err
 
