@@ -87,7 +87,7 @@ def _load(folder: Path, group: Group, state: State) -> None:
     assert checkpoint is not None
     files = DcpFolder(first_whole([checkpoint], group))
     for name, tensor in state.tensors.items():
-        tensor.copy_(files.read(name, (state.start, 0), tuple(tensor.shape)))
+        files.fill(tensor, name, (state.start, 0))
 
 
 def _beside(folder: Path, group: Group, state: State, buffers: Buffers) -> tuple[float, float]:

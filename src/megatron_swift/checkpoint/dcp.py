@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from megatron_swift.checkpoint.chunks import long_axis, read_rows
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.checkpoint.manifest import Entry, SummedFiles, write_file
 from megatron_swift.checkpoint.safe_pickle import read_metadata
@@ -241,34 +242,6 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
-class _Part(io.RawIOBase):
-    """Bytes [start, start + length) of an open file as a file of their own, without a copy of them."""
-
-    def __init__(self, file: io.FileIO, start: int, length: int):
-        self.file, self.start, self.length, self.position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = (0, self.position, self.length)[whence]
-        self.position = min(max(base + offset, 0), self.length)
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: self.length - self.position]
-        self.file.seek(self.start + self.position)
-        got = self.file.readinto(view)
-        self.position += got
-        return got
-
-
 class DcpFolder:
     """A DCP folder, read by boxes, with no process group. `tensors` describes what is in it, by key."""
 
@@ -295,21 +268,34 @@ class DcpFolder:
 
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """The box of `shape` at `offset`, in its stored dtype. Raises CheckpointError when the chunks on disk do not cover it."""
+        out = torch.empty(shape, dtype=self._stored(key).dtype)
+        self.fill(out, key, offset)
+        return out
+
+    def _stored(self, key: str) -> _Stored:
         if key not in self.tensors:
             raise CheckpointError(f"{self.folder} holds no {key}", do="use a checkpoint of the same model")
-        stored = self.tensors[key]
-        out = torch.empty(shape, dtype=stored.dtype)
-        covered = 0
+        return self.tensors[key]
+
+    def fill(self, out: Tensor, key: str, offset: tuple[int, ...]) -> None:
+        """Read the box of out's shape at `offset` into it, cast to its dtype; straight from the file where it lies alike there."""
+        stored, covered = self._stored(key), 0
         for chunk in stored.chunks:
             low = [max(a, b) for a, b in zip(offset, chunk.offset, strict=True)]
-            high = [min(a + m, b + n) for a, m, b, n in zip(offset, shape, chunk.offset, chunk.size, strict=True)]
+            high = [min(a + m, b + n) for a, m, b, n in zip(offset, out.shape, chunk.offset, chunk.size, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            data = self._chunk(key, chunk, stored.dtype)
-            if (chunk.offset, chunk.size) == (offset, shape):  # the same layout as it was written with
-                return data
             target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
-            target.copy_(data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offset, strict=True))])
+            axis = long_axis(chunk.size)
+            first = chunk.offset[axis] if chunk.size else 0
+            rows = (low[axis] - first, high[axis] - first) if chunk.size else (0, 1)
+            alike = (*chunk.size[:axis], rows[1] - rows[0], *chunk.size[axis + 1 :]) == tuple(target.shape)
+            if alike and target.is_cpu and target.is_contiguous() and target.dtype == stored.dtype:
+                self._rows(key, chunk, stored.dtype, rows, target)
+            else:
+                data = self._rows(key, chunk, stored.dtype, rows, None)
+                start = [low[i] if i == axis else o for i, o in enumerate(chunk.offset)]
+                target.copy_(data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))])
             covered += target.numel()
         if covered != out.numel():
             raise CheckpointError(
@@ -317,9 +303,9 @@ class DcpFolder:
                 why=f"{covered} of {out.numel()} values",
                 do="use another checkpoint",
             )
-        return out
 
-    def _chunk(self, key: str, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+    def _rows(self, key: str, chunk: _Chunk, dtype: torch.dtype, rows: tuple[int, int], out: Tensor | None) -> Tensor:
+        """Some rows of a chunk, along its first dim that is longer than 1; in `out`, if it is given."""
         if Path(chunk.file).name != chunk.file or chunk.file in ("", ".."):
             raise CheckpointError(
                 f"{self.folder / '.metadata'} sends {key} to {chunk.file!r}, outside the folder",
@@ -328,11 +314,7 @@ class DcpFolder:
         path = self.folder / chunk.file
         try:
             with open(path, "rb", buffering=0) as file:
-                part = io.BufferedReader(_Part(file, chunk.start, chunk.length), 1 << 12)
-                data = torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-            if not isinstance(data, Tensor) or tuple(data.shape) != chunk.size or data.dtype != dtype:
-                raise ValueError("it is not the tensor that .metadata describes")
-            return data
+                return read_rows(file, chunk.start, chunk.length, dtype=dtype, size=chunk.size, rows=rows, out=out)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing, but .metadata names it", do="use another checkpoint") from None
         except Exception as error:  # torch.load of damaged bytes raises nearly anything
@@ -382,3 +364,14 @@ class MegatronWeights:
             for (first, last), offset, size in spec.megatron_boxes(start, stop, columns)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read_into(
+        self, out: Tensor, spec: TensorSpec, start: int, *, columns: tuple[int, int] | None = None, prefix: str = ""
+    ) -> None:
+        """Like `read`, of as many rows as `out` has, into it."""
+        for (first, last), offset, size in spec.megatron_boxes(start, start + len(out), columns):
+            part = out[first - start : last - start]
+            if part.is_contiguous():
+                self.files.fill(part.view(size), prefix + spec.megatron_key, offset)
+            else:
+                part.copy_(self.files.read(prefix + spec.megatron_key, offset, size).reshape(part.shape))

@@ -137,8 +137,8 @@ def _load(tensor: Tensor, shard: Shard, spec: TensorSpec, source: MegatronWeight
     """Fill a tensor of a shard's shape from the checkpoint's tensor of the parameter's key behind `prefix`."""
     with torch.no_grad():
         for box in shard.boxes:
-            values = source.read(spec, *_rows(box), columns=box.columns, prefix=prefix)
-            tensor[box.local : box.local + box.rows].copy_(values)
+            rows = tensor[box.local : box.local + box.rows]
+            source.read_into(rows, spec, box.start, columns=box.columns, prefix=prefix)
 
 
 def load_optimizer(
