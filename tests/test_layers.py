@@ -37,6 +37,7 @@ THIRD_PARTY = (
     ("models.config", set()),
     ("models.families", set()),
     ("models", {"torch"}),
+    ("kernels.fused", {"torch", "triton"}),
     ("kernels", {"torch"}),
     ("parallel", {"torch", "numpy"}),
     ("checkpoint", {"torch", "safetensors"}),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_swift.kernels.layers import rotate
 from megatron_swift.models.families.llama import read_config
-from megatron_swift.models.rope import Rotary, inverse_frequencies, rotate
+from megatron_swift.models.rope import Rotary, inverse_frequencies
 
 LLAMA3_1 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_1 |= {"original_max_position_embeddings": 8192}

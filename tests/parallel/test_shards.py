@@ -45,6 +45,21 @@ def test_16_bit_gradients_are_added_in_float32(folder, batches, dtype):
     assert not torch.equal(exact[name], coarse[name].float())  # adding in 16 bits would have shown
 
 
+def test_a_single_micro_batch_is_not_widened(folder, batches):
+    """The bfloat16 gradient itself is what the norm and the optimizer read; after a second one its float32 sum."""
+    engine, model, total = make_engine(folder, torch.bfloat16), load(folder, torch.bfloat16), batches[0].num_trained
+    engine.forward_backward(batches[:1], num_tokens=total)
+    model(as_row(batches[0]), torch.tensor(1.0 / total)).backward()
+    parameters = dict(model.named_parameters())
+    for shard in engine.shards:
+        assert shard.master.grad is None and shard.grad is shard.narrow
+        assert torch.equal(shard.grad, parameters[shard.name].grad), shard.name
+    squares = sum(float(p.grad.double().square().sum()) for p in parameters.values())
+    assert engine.shards.grad_norm() == pytest.approx(squares**0.5, rel=1e-6)
+    engine.shards.drop_grads()
+    assert all(shard.grad is None for shard in engine.shards)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_scale_is_divided_out(folder, batches, dtype):
     engine, total = make_engine(folder, dtype), sum(b.num_trained for b in batches)
@@ -78,7 +93,9 @@ def _spread(rank, folder, batches):
     counts = engine.count(batches[mesh.dp_rank :: mesh.dp_size])
     engine.forward_backward(batches[:1], num_tokens=1)
     found = (engine.shards.grad_norm(), engine.shards.params_norm())
-    engine.shards.scale_grads(0.5)
+    for shard in engine.shards:
+        if shard.master.grad is not None:
+            shard.master.grad *= 0.5
     halved = engine.shards.grad_norm()
     rows = {s.name: (0, 0, s.shape) for s in engine.shards}
     rows |= {s.name: (b.start, b.start + b.rows, s.shape) for s in engine.shards for b in s.boxes if b.owned}

@@ -52,8 +52,8 @@ def on_rank(
     mesh = mesh_module.start(backend="gloo", timeout_minutes=1, sizes=sizes)
     engine = make_engine(folder, torch.float32, mesh, **options)
     optimizer, scale = Optimizer(engine.shards, OPTIMIZER), LossScale.for_dtype("float32")
-    for group in optimizer.inner.param_groups if decay_all else ():
-        group["weight_decay"] = OPTIMIZER.weight_decay
+    if decay_all:
+        optimizer.decays = dict.fromkeys(optimizer.decays, OPTIMIZER.weight_decay)
     multiples = {"pad_to_multiple": engine.row_multiple, "segment_multiple": engine.segment_multiple}
     losses, norms = [], []
     for step in steps:

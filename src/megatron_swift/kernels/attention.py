@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_swift.kernels.dense_attention import cudnn_is_fastest, dense_attention, is_even
+
 # Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and the segments of packed rows all differ.
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -76,6 +78,13 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
     return attended
 
 
+def even_or_flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """A dense batch where the segments make one, `flash_attention` otherwise; the same choice whenever a row is computed again."""
+    if is_even(segments.lengths):
+        return dense_attention(q, k, v, segments.lengths)
+    return flash_attention(q, k, v, segments)
+
+
 @dataclass(frozen=True)
 class AttentionChoice:
     """The kernel in use, the sentence about it for the start-up banner, and whether it keeps the attention weights for the backward pass."""
@@ -102,5 +111,8 @@ def choose_attention(
             f"FlashAttention needs a CUDA device and a 16-bit type, not {device.type} and {str(dtype)[6:]}"
         )
     if backend in ("auto", "flash") and flash_fits:
+        if backend == "auto" and cudnn_is_fastest(device):
+            reason = "cuDNN where all segments of a row are of one length, else torch varlen FlashAttention"
+            return AttentionChoice(even_or_flash_attention, reason)
         return AttentionChoice(flash_attention, "torch varlen FlashAttention")
     return AttentionChoice(plain_attention, "torch scaled_dot_product_attention, segment by segment")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_swift.kernels.triton_runs import why_no_triton
+
 CHUNK_TOKENS = 512  # logits of one chunk in float32: 512 x 151936 x 4 bytes = 311 MB
+# In 16 bits and in place: 4096 x 151936 x 2 bytes = 1.2 GB. Fewer tokens would read and write the weight's gradient more often.
+FUSED_CHUNK_TOKENS = 4096
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
@@ -39,6 +44,59 @@ class VocabularyShard:
     sum_: Callable[[Tensor], Tensor]
 
 
+# softmax(logits [n, V], targets int64 [n], factor, shard=, want_grad=) -> (sum of factor * loss, its gradient for the logits in their dtype).
+# It may overwrite the logits. targets count over the whole vocabulary; factor: one number, or one per token.
+ChunkSoftmax = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def plain_softmax(
+    logits: Tensor, targets: Tensor, factor: Tensor, *, shard: VocabularyShard | None, want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Any device and dtype."""
+    dtype = logits.dtype
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    target, mine = targets[:, None], None
+    if shard is not None:
+        logits[:, shard.rows :] = float("-inf")
+        target = target - shard.first
+        mine = (target >= 0) & (target < shard.rows)
+        target = target.masked_fill(~mine, 0)
+    log_sum, own = _log_sum_and_target(logits, target, mine, shard)
+    loss = ((log_sum - own) * factor).sum()
+    if not want_grad:
+        return loss, None
+    # d loss / d logits = softmax - one_hot. The factor goes in before the cast to 16 bits: fp16 would underflow without it.
+    grad = logits.sub_(log_sum[:, None]).exp_()
+    one = grad.new_full(target.shape, -1.0) if mine is None else -mine.to(grad.dtype)
+    return loss, grad.scatter_add_(-1, target, one).mul_(factor[:, None] if factor.ndim else factor).to(dtype)
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """How the chunked form computes: logits of so many tokens at a time (None: of all), and the softmax over them."""
+
+    chunk_tokens: int | None = CHUNK_TOKENS
+    softmax: ChunkSoftmax = plain_softmax
+
+    def loss(self, shard: VocabularyShard | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """`chunked_linear_cross_entropy` of this form: (hidden, weight, targets, scale) -> loss."""
+        return functools.partial(
+            chunked_linear_cross_entropy, chunk_tokens=self.chunk_tokens, shard=shard, softmax=self.softmax
+        )
+
+
+def choose_chunked(device: torch.device, dtype: torch.dtype) -> tuple[ChunkedLoss, str]:
+    """(the chunked form that fits, the sentence about it for the banner)."""
+    if why_no_triton(device) or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return ChunkedLoss(), "chunked, logits never whole"
+    from megatron_swift.kernels.fused.cross_entropy import fused_softmax
+
+    return (
+        ChunkedLoss(FUSED_CHUNK_TOKENS, fused_softmax),
+        f"Triton, the gradient written over the logits of {FUSED_CHUNK_TOKENS} tokens at a time",
+    )
+
+
 def chunked_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -47,15 +105,16 @@ def chunked_linear_cross_entropy(
     *,
     chunk_tokens: int | None = CHUNK_TOKENS,
     shard: VocabularyShard | None = None,
+    softmax: ChunkSoftmax = plain_softmax,
 ) -> Tensor:
     """The same value and gradients as `linear_cross_entropy`, holding the logits of `chunk_tokens` tokens at a time (None: of all).
 
-    Gradients are formed in the forward pass, so the weight's gradient costs one buffer of the weight's shape in float32. With a `shard`
-    the softmax runs over all ranks' rows, padding left out; hidden's gradient is then this rank's contribution only.
+    Gradients are formed in the forward pass: the weight's costs one buffer of its shape, in float32 where there are several chunks. With a
+    `shard` the softmax runs over all ranks' rows, padding left out; hidden's gradient is then this rank's contribution only.
     """
     if not torch.is_grad_enabled():  # needs_input_grad does not know of no_grad: it would form gradients for nobody
         hidden, weight = hidden.detach(), weight.detach()
-    return _Chunked.apply(hidden, weight, targets, scale, chunk_tokens or max(len(hidden), 1), shard)  # type: ignore[no-any-return]
+    return _Chunked.apply(hidden, weight, targets, scale, chunk_tokens or max(len(hidden), 1), shard, softmax)  # type: ignore[no-any-return]
 
 
 def _log_sum_and_target(
@@ -72,6 +131,14 @@ def _log_sum_and_target(
     return largest + sums.log(), own
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; 16-bit matrices on a GPU are added in the matrix product itself, in float32."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(a, b)
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -82,34 +149,29 @@ class _Chunked(torch.autograd.Function):
         scale: Tensor,
         chunk: int,
         shard: VocabularyShard | None,
+        softmax: ChunkSoftmax,
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if need_weight else None
+        grad_weight = None
+        if need_weight and not 0 < len(hidden) <= chunk:
+            grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], weight).to(exact)
-            target, mine = targets[rows, None], None
-            if shard is not None:
-                logits[:, shard.rows :] = float("-inf")
-                target = target - shard.first
-                mine = (target >= 0) & (target < shard.rows)
-                target = target.masked_fill(~mine, 0)
-            log_sum, own = _log_sum_and_target(logits, target, mine, shard)
             factor = scale[rows] if scale.ndim else scale
-            loss += ((log_sum - own) * factor).sum()
-            if grad_hidden is None and grad_weight is None:
+            logits = F.linear(hidden[rows], weight)
+            part, grad = softmax(logits, targets[rows], factor, shard=shard, want_grad=need_hidden or need_weight)
+            loss += part
+            if grad is None:
                 continue
-            # d loss / d logits = softmax - one_hot. The scale goes in before the cast to 16 bits: fp16 would underflow without it.
-            grad = logits.sub_(log_sum[:, None]).exp_()
-            one = grad.new_full(target.shape, -1.0) if mine is None else -mine.to(exact)
-            grad = grad.scatter_add_(-1, target, one).mul_(factor[:, None] if scale.ndim else factor).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += torch.mm(grad.t(), hidden[rows])
+                _add_product(grad_weight, grad.t(), hidden[rows])
+            elif need_weight:
+                grad_weight = torch.mm(grad.t(), hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -119,6 +181,7 @@ class _Chunked(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        if grad_weight is not None:  # one pass: multiplied in the wider type, written in the weight's
+            narrow = torch.empty(grad_weight.shape, dtype=ctx.weight_dtype, device=grad_weight.device)
+            grad_weight = torch.mul(grad_weight, grad_output, out=narrow)
+        return grad_hidden, grad_weight, None, None, None, None, None

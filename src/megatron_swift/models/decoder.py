@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.kernels.cross_entropy import linear_cross_entropy
+from megatron_swift.kernels.layers import LayerKernels
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.models.layers import MLP, Attention, Embedding, Linear, RMSNorm, Seam, identity
+from megatron_swift.models.layers import MLP, Attention, Embedding, Linear, NormLinear, RMSNorm, Seam, identity
 from megatron_swift.models.moe import MoELayer
 from megatron_swift.models.rope import Rotary
 from megatron_swift.models.routing import Routing
@@ -118,6 +119,12 @@ class Decoder(nn.Module):
         """Use one attention kernel in every layer."""
         for attention in self.attentions:
             attention.core = core
+
+    def set_kernels(self, kernels: LayerKernels) -> None:
+        """Use these forms of what lies between the matrix products, everywhere."""
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, NormLinear, Linear, Attention)):
+                module.kernels = kernels
 
     @property
     def sparse(self) -> list[MoELayer]:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_swift.kernels.attention import AttentionCore, Segments, plain_attention
+from megatron_swift.kernels.layers import PLAIN, rotate, split_qkv
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.models.rope import rotate
 
 # The seams where tensor parallelism puts its collectives; on one device each is the identity.
 Seam = Callable[[Tensor], Tensor]
@@ -24,28 +24,24 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm over the last dim, computed in float32 (float64 stays float64), as transformers does it."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    scaled = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
-    return weight * scaled.to(x.dtype)
-
-
 def new_parameter(*shape: int) -> nn.Parameter:
     """An uninitialised parameter: every weight is loaded or initialised afterwards."""
     return nn.Parameter(torch.empty(*shape))
 
 
 class RMSNorm(nn.Module):
-    """A norm of its own (q, k and the final one); the other norms live inside the linear layer they feed."""
+    """A norm of its own (q, k and the final one); the other norms live inside the linear layer they feed.
+
+    `kernels`, here and below: the forms of what lies between the matrix products.
+    """
 
     def __init__(self, size: int, epsilon: float):
         super().__init__()
         self.weight = new_parameter(size)
-        self.epsilon = epsilon
+        self.epsilon, self.kernels = epsilon, PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.epsilon)
+        return self.kernels.norm(x, self.weight, self.epsilon)
 
 
 class Linear(nn.Module):
@@ -61,9 +57,16 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = new_parameter(out_features, in_features)
         self.enter = self.leave = identity
+        self.kernels = PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
         return self.leave(F.linear(self.enter(x), self.weight))
+
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
+        """forward(silu(gate) * up), gate_up [T, 2 * in_features]: gates, then ups."""
+        if self.enter is not identity:
+            return self(self.kernels.swiglu(gate_up))
+        return self.leave(self.kernels.swiglu_linear(gate_up, self.weight))
 
 
 class NormLinear(nn.Module):
@@ -79,11 +82,13 @@ class NormLinear(nn.Module):
         self.layer_norm_weight = new_parameter(in_features)
         self.weight = new_parameter(out_features, in_features)
         self.bias = new_parameter(out_features) if bias else None
-        self.epsilon = epsilon
+        self.epsilon, self.kernels = epsilon, PLAIN
         self.enter = identity
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised = rms_norm(x, self.layer_norm_weight, self.epsilon)
+        if self.enter is identity:
+            return self.kernels.norm_linear(x, self.layer_norm_weight, self.weight, self.bias, self.epsilon)
+        normalised = self.kernels.norm(x, self.layer_norm_weight, self.epsilon)
         return F.linear(self.enter(normalised), self.weight, self.bias)
 
 
@@ -113,7 +118,7 @@ class Attention(nn.Module):
         self.linear_proj = Linear(cfg.num_attention_heads * cfg.kv_channels, cfg.hidden_size)
         self.q_layernorm = RMSNorm(cfg.kv_channels, cfg.norm_epsilon) if cfg.qk_layernorm else None
         self.k_layernorm = RMSNorm(cfg.kv_channels, cfg.norm_epsilon) if cfg.qk_layernorm else None
-        self.core = plain_attention
+        self.core, self.kernels = plain_attention, PLAIN
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
         """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, d]. Heads are counted from the weight: a rank may hold some of them."""
@@ -121,11 +126,11 @@ class Attention(nn.Module):
         tokens = qkv.shape[0]
         # Rows are ordered by query group: its query heads, then its key, then its value.
         grouped = qkv.view(tokens, -1, self.heads_per_group + 2, self.head_dim)
-        q, k, v = grouped.split((self.heads_per_group, 1, 1), dim=2)
-        q, k, v = q.reshape(tokens, -1, self.head_dim), k.squeeze(2), v.squeeze(2)
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k = self.q_layernorm(q), self.k_layernorm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k, v = split_qkv(grouped)
+            q, k = rotate(self.q_layernorm(q), *rotary), rotate(self.k_layernorm(k), *rotary)
+        else:
+            q, k, v = self.kernels.split_rotate(grouped, *rotary)
         return self.linear_proj(self.core(q, k, v, segments).reshape(tokens, -1))
 
 
@@ -139,5 +144,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
-        gate, up = self.linear_fc1(x).chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate) * up)
+        return self.linear_fc2.after_swiglu(self.linear_fc1(x))

@@ -91,9 +91,3 @@ class Rotary:
         angles = positions.to(torch.float32)[:, None] * self.inverse
         angles = torch.cat((angles, angles), dim=-1)[:, None, :]
         return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the half-rotation form to x [T, heads, kv_channels]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

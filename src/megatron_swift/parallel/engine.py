@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_swift.data.types import IGNORE, Batch
 from megatron_swift.kernels.attention import Segments, choose_attention
-from megatron_swift.kernels.cross_entropy import CHUNK_TOKENS, chunked_linear_cross_entropy, linear_cross_entropy
+from megatron_swift.kernels.cross_entropy import ChunkedLoss, choose_chunked, linear_cross_entropy, plain_softmax
 from megatron_swift.kernels.grouped_linear import choose_grouped
+from megatron_swift.kernels.layers import choose_layer_kernels
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row, build_decoder
 from megatron_swift.models.routing import RouterOptions, Routing
@@ -30,6 +31,7 @@ from megatron_swift.parallel.recompute import Recompute, layer_runner, recompute
 from megatron_swift.parallel.routers import RouterTotals, routings
 from megatron_swift.parallel.shards import Shards
 from megatron_swift.parallel.stages import head_cost, split_layers
+from megatron_swift.parallel.tensor_overlap import require_symmetric_memory, symmetric_memory
 
 TIED = "embedding.word_embeddings.weight"
 
@@ -52,6 +54,7 @@ class EngineOptions:
 
     chunks_per_rank : virtual pipeline stages on each rank. first_layers, last_layers : of the first and last stage, None: balanced.
     context_kind    : all_gather, p2p or a2a.
+    fused_layers    : norms, rotation and SwiGLU as Triton kernels where they run.
     router, dispatcher, grouped_experts, overlap_shared_expert : of a mixture of experts; see models.routing and parallel.expert.
     """
 
@@ -59,7 +62,9 @@ class EngineOptions:
     attention_backend: str = "auto"
     softmax_in_fp32: bool = True
     chunked_cross_entropy: bool = False
+    fused_layers: bool = True
     sequence_parallel: bool = False
+    tp_comm_overlap: bool = False
     sharding: Sharding = Sharding.OPTIM
     context_kind: str = "all_gather"
     recompute: Recompute = field(default_factory=Recompute)
@@ -220,7 +225,7 @@ def _to(array: np.ndarray, device: torch.device) -> Tensor:
 def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine:
     """Spread a model over the mesh. The parameters are uninitialised: load weights into `engine.shards`, then `push()`.
 
-    THE ordered list: stages -> layers -> attention kernel -> context -> tensor -> experts -> recomputation -> data parallelism -> shards
+    THE ordered list: stages -> layers -> kernels -> attention -> context -> tensor -> experts -> recomputation -> data parallelism -> shards
     -> pipeline.
     """
     exact, device = torch.promote_types(options.compute_dtype, torch.float32), mesh.device
@@ -230,6 +235,8 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     stages = _stages(cfg, mesh, options)
     kernels: dict[str, str] = {}
     chunks = []
+    if options.tp_comm_overlap:
+        require_symmetric_memory(mesh.tp, device)
     for number in range(options.chunks_per_rank):
         stage = number * mesh.pp.size + mesh.pp.rank
         model = build_decoder(
@@ -241,6 +248,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
             first=stage == 0,
             last=stage == len(stages) - 1,
         )
+        _install_layer_kernels(model, mesh, options, kernels)
         _install_attention(model, mesh, options, kernels)
         _install_tensor_parallel(model, cfg, mesh, options, kernels)
         _install_experts(model, local, mesh, options, kernels)
@@ -284,6 +292,16 @@ def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]
     )
 
 
+def _install_layer_kernels(model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]) -> None:
+    chosen, kernels["layers"] = choose_layer_kernels(
+        options.fused_layers,
+        device=mesh.device,
+        dtype=options.compute_dtype,
+        recomputed=options.recompute.granularity == "full",
+    )
+    model.set_kernels(chosen)
+
+
 def _install_attention(model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]) -> None:
     choice = choose_attention(
         options.attention_backend,
@@ -305,16 +323,21 @@ def _install_attention(model: Decoder, mesh: Mesh, options: EngineOptions, kerne
 def _install_tensor_parallel(
     model: Decoder, cfg: ModelConfig, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]
 ) -> None:
-    chunked = options.chunked_cross_entropy
-    model.loss_function = chunked_linear_cross_entropy if chunked else linear_cross_entropy
-    kernels["cross-entropy"] = "chunked, logits never whole" if chunked else "whole logits of the trained tokens"
+    form, reason = choose_chunked(mesh.device, options.compute_dtype)
+    if options.chunked_cross_entropy or form.softmax is not plain_softmax:  # the fused form is the fastest, too
+        model.loss_function, kernels["cross-entropy"] = form.loss(None), reason
+    else:
+        form = ChunkedLoss(None)
+        model.loss_function, kernels["cross-entropy"] = linear_cross_entropy, "whole logits of the trained tokens"
     if mesh.tp.size > 1:
+        assert mesh.tp.group is not None
         tensor_parallel.install(
             model,
             cfg,
             mesh.tp,
             sequence_parallel=options.sequence_parallel,
-            chunk_tokens=CHUNK_TOKENS if chunked else None,
+            loss=form,
+            products=symmetric_memory(mesh.tp.group) if options.tp_comm_overlap else None,
         )
 
 
@@ -374,6 +397,8 @@ def _describe(mesh: Mesh, options: EngineOptions, stages: list[range]) -> dict[s
     lines = {}
     if mesh.tp.size > 1:
         lines["tensor"] = f"{mesh.tp.size} ranks" + (", sequence parallel" if options.sequence_parallel else "")
+        if options.tp_comm_overlap:
+            lines["tensor"] += ", communication beside the matrix products of the layers (symmetric memory)"
     if mesh.pp.size > 1:
         virtual = f", {options.chunks_per_rank} virtual stages each" if options.chunks_per_rank > 1 else ""
         lines["pipeline"] = f"{mesh.pp.size} ranks{virtual}, layers per stage {[len(s) for s in stages]}"

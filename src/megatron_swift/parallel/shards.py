@@ -45,6 +45,7 @@ class Shard:
     master : the values the optimizer steps, in master precision; its .grad is the gradient of this step.
     param  : the module's parameter that they stand for.
     boxes  : where its rows lie in the whole; rows in no box are padding.
+    narrow : the gradient while it is in the parameter's 16-bit type: of a single micro-batch, complete on this rank; master.grad is None then.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Shard:
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     partials: tuple[_Partial, ...]
+    narrow: Tensor | None = None
+
+    @property
+    def grad(self) -> Tensor | None:
+        """This step's gradient, in whichever type it is."""
+        return self.master.grad if self.narrow is None else self.narrow
 
     @property
     def copied(self) -> bool:
@@ -64,7 +71,7 @@ class Shards:
     """name -> Shard, for every parameter that this rank holds.
 
     With FSDP the master is the local part of the sharded parameter itself. Without, it is the parameter, or for a 16-bit model a copy
-    in master_dtype whose gradient is accumulated in master_dtype too.
+    in master_dtype. Its gradient is added up in master_dtype; what a single micro-batch left in bfloat16 is not widened for its own sake.
     """
 
     def __init__(
@@ -102,7 +109,10 @@ class Shards:
         if param.dtype == self.master_dtype:
             return self._located(name, nn.Parameter(param.detach()), param, 0, owned)
         shard = self._located(name, nn.Parameter(param.detach().to(self.master_dtype)), param, 0, owned)
-        param.register_post_accumulate_grad_hook(lambda p: _accumulate(shard.master, p))
+        # float16 gradients still carry the loss scale, which only float32 divides out safely; sums over ranks are taken in float32 too.
+        alone = self.replicas(name).size == 1 and not shard.partials and (name != self.tied or self.ends.size == 1)
+        narrow = alone and param.dtype == torch.bfloat16
+        param.register_post_accumulate_grad_hook(lambda p: _accumulate(shard, p, narrow=narrow))
         return shard
 
     def _located(self, name: str, master: nn.Parameter, param: nn.Parameter, first: int, owned: bool) -> Shard:
@@ -133,7 +143,7 @@ class Shards:
             torch._foreach_mul_(self._grads(), factor)
 
     def _grads(self) -> list[Tensor]:
-        return [g for s in self if (g := s.master.grad) is not None]
+        return [g for s in self if (g := s.grad) is not None]
 
     def _finish(self) -> None:
         """Sum what is only a contribution: replicas without FSDP, replicated rows under tensor parallelism, tied embeddings."""
@@ -162,11 +172,11 @@ class Shards:
     def drop_grads(self) -> None:
         """Free this step's gradients."""
         for shard in self:
-            shard.master.grad = None
+            shard.master.grad = shard.narrow = None
 
     def grad_norm(self) -> float:
         """The L2 norm of the whole model's gradient, each value counted once, summed in float64."""
-        return self._norm([(s, s.master.grad) for s in self if s.master.grad is not None])
+        return self._norm([(s, g) for s in self if (g := s.grad) is not None])
 
     def params_norm(self) -> float:
         """The L2 norm of all parameters, each value counted once."""
@@ -176,14 +186,8 @@ class Shards:
         parts = [t[b.local : b.local + b.rows] for s, t in values for b in s.boxes if b.owned]
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if parts:
-            # Row by row: over millions of values the float32 sums of a CPU kernel lose a thousandth, the more the larger a rank's part.
-            rows = torch.cat([torch.linalg.vector_norm(part, dim=-1).reshape(-1) for part in parts])
-            total = rows.double().square().sum()
+            total = torch.cat([norms.double().reshape(-1) for norms in _norms(parts, self.master_dtype)]).square().sum()
         return float(self.mesh.sum_(total).sqrt())
-
-    def scale_grads(self, factor: float) -> None:
-        """Multiply every gradient (the clip)."""
-        torch._foreach_mul_(self._grads(), factor)
 
     def owned(self) -> dict[str, list[tuple[Box, Tensor]]]:
         """What this rank alone counts and saves: for each parameter the boxes it owns with their values."""
@@ -209,11 +213,27 @@ def _sum_together(tensors: list[Tensor], axis: Axis) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def _accumulate(master: nn.Parameter, param: Tensor) -> None:
-    """Add a 16-bit gradient to the master's: called once per micro-batch, so sums over micro-batches keep full precision."""
-    assert param.grad is not None
-    if master.grad is None:
-        master.grad = param.grad.to(master.dtype)
-    else:
-        master.grad += param.grad
+def _norms(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Norms in `dtype` whose squares add up to the whole's."""
+    if parts[0].is_cuda:  # chunks of 2^16 values, a few launches for all
+        return torch._foreach_norm(parts, 2, dtype=dtype)  # type: ignore[return-value]
+    # Row by row: over millions of values the float32 sums of a CPU kernel lose a thousandth, the more the larger a rank's part.
+    return [torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in parts]
+
+
+def _accumulate(shard: Shard, param: Tensor, *, narrow: bool) -> None:
+    """Add a 16-bit gradient to the master's: called once per micro-batch, so sums over micro-batches keep full precision.
+
+    narrow : keep a step's first one as it is: without a second one nothing is added.
+    """
+    master, grad = shard.master, param.grad
+    assert grad is not None
     param.grad = None
+    if shard.narrow is not None:
+        master.grad, shard.narrow = shard.narrow.to(master.dtype), None
+    if master.grad is not None:
+        master.grad += grad
+    elif narrow:
+        shard.narrow = grad
+    else:
+        master.grad = grad.to(master.dtype)

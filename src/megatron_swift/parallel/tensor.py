@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_swift.kernels.cross_entropy import VocabularyShard, chunked_linear_cross_entropy
+from megatron_swift.kernels.cross_entropy import ChunkedLoss, VocabularyShard
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.models.decoder import Decoder
+from megatron_swift.models.decoder import Decoder, LossFunction
 from megatron_swift.models.moe import MoELayer
 from megatron_swift.parallel.collectives import Copy, Gather, Reduce, Scatter
 from megatron_swift.parallel.mesh import Axis
@@ -105,12 +105,12 @@ def install(
     tp: Axis,
     *,
     sequence_parallel: bool,
-    chunk_tokens: int | None,
+    loss: ChunkedLoss,
     products: FusedProducts | None = None,
 ) -> None:
     """Put this axis' collectives into the seams of a model built with `local_config`.
 
-    cfg is the whole model's. chunk_tokens: tokens whose logits exist at a time, None for all of them.
+    cfg is the whole model's. loss: how the vocabulary's softmax is computed.
     products: joins the collectives of the layers (not of embedding and output) with their matrix products; sequence parallelism only.
     """
     group = tp.group
@@ -145,12 +145,10 @@ def install(
         model.embedding.word_embeddings.lookup = lookup
     if model.last:
         model.enter = enter
-        model.loss_function = _vocabulary_parallel_loss(
-            group, first, max(min(rows, cfg.vocab_size - first), 0), chunk_tokens
-        )
+        model.loss_function = _vocabulary_parallel_loss(group, first, max(min(rows, cfg.vocab_size - first), 0), loss)
 
 
-def _vocabulary_parallel_loss(group: dist.ProcessGroup, first: int, rows: int, chunk_tokens: int | None):  # type: ignore[no-untyped-def]
+def _vocabulary_parallel_loss(group: dist.ProcessGroup, first: int, rows: int, form: ChunkedLoss) -> LossFunction:
     def largest(x: Tensor) -> Tensor:
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
         return x
@@ -159,9 +157,4 @@ def _vocabulary_parallel_loss(group: dist.ProcessGroup, first: int, rows: int, c
         dist.all_reduce(x, group=group)
         return x
 
-    shard = VocabularyShard(first, rows, largest, total)
-
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        return chunked_linear_cross_entropy(hidden, weight, targets, scale, chunk_tokens=chunk_tokens, shard=shard)
-
-    return loss
+    return form.loss(VocabularyShard(first, rows, largest, total))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_swift.models.decoder import TransformerLayer
-from megatron_swift.models.layers import MLP, Linear, NormLinear, rms_norm
+from megatron_swift.models.layers import MLP, Linear, NormLinear
 from megatron_swift.parallel.collectives import all_gather, reduce_scatter
 from megatron_swift.parallel.mesh import Axis
 from megatron_swift.utils.errors import UsageError
@@ -137,10 +137,10 @@ class OverlappedNormLinear(NormLinear):
         with torch.device("meta"):
             super().__init__(in_features, out_features, plain.epsilon, bias=plain.bias is not None)
         self.layer_norm_weight, self.weight, self.bias = plain.layer_norm_weight, plain.weight, plain.bias
-        self.products = products
+        self.products, self.kernels = products, plain.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised = rms_norm(x, self.layer_norm_weight, self.epsilon)
+        normalised = self.kernels.norm(x, self.layer_norm_weight, self.epsilon)
         return _Column.apply(normalised, self.weight, self.bias, self.products)  # type: ignore[no-any-return]
 
 
@@ -152,10 +152,13 @@ class OverlappedLinear(Linear):
         with torch.device("meta"):
             super().__init__(in_features, out_features)
         self.weight = plain.weight
-        self.products = products
+        self.products, self.kernels = products, plain.kernels
 
     def forward(self, x: Tensor) -> Tensor:
         return _Row.apply(x, self.weight, self.products)  # type: ignore[no-any-return]
+
+    def after_swiglu(self, gate_up: Tensor) -> Tensor:
+        return self(self.kernels.swiglu(gate_up))
 
 
 def overlap(layer: TransformerLayer, products: FusedProducts) -> None:

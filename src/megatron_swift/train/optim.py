@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
+from megatron_swift.kernels.adamw import AdamScalars, Updated, choose_adamw
 from megatron_swift.parallel.shards import Shard, Shards
 
 
@@ -28,54 +30,84 @@ def is_decayed(shard: Shard) -> bool:
 
 
 class Optimizer:
-    """Steps the masters of `shards` with the gradients that lie in them."""
+    """Steps the masters of `shards` with the gradients that lie in them.
+
+    num_steps : updates made so far, for Adam's bias correction.  kernel: the sentence about the update for the banner.
+    """
 
     def __init__(self, shards: Shards, options: OptimizerOptions):
-        self.shards, self.options = shards, options
+        self.shards, self.options, self.num_steps = shards, options, 0
+        self.decays = {s.name: options.weight_decay if is_decayed(s) else 0.0 for s in shards}
         self.names = ("exp_avg", "exp_avg_sq") if options.kind == "adam" else ("momentum_buffer",)
-        mine = [s for s in shards if s.master.numel()]  # a rank may hold no row of a short parameter
-        groups = [
-            {"params": [s.master for s in mine if is_decayed(s)], "weight_decay": options.weight_decay},
-            {"params": [s.master for s in mine if not is_decayed(s)], "weight_decay": 0.0},
-        ]
-        groups = [g for g in groups if g["params"]]
-        if options.kind == "adam":
-            betas = (options.beta1, options.beta2)
-            self.inner: torch.optim.Optimizer = torch.optim.AdamW(
-                groups, lr=0.0, betas=betas, eps=options.eps, fused=True
-            )
-        else:
-            self.inner = torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, fused=True)
-        for shard in mine:
-            state = {name: torch.zeros_like(shard.master) for name in self.names}
-            if options.kind == "adam":
-                state["step"] = torch.zeros((), dtype=torch.float32, device=shard.master.device)
-            self.inner.state[shard.master] = state
+        self.states = {s.name: {name: torch.zeros_like(s.master) for name in self.names} for s in shards}
+        self.adamw, self.kernel = choose_adamw(shards.mesh.device, shards.master_dtype)
+        if options.kind != "adam":
+            self.kernel = "torch's fused SGD"
 
-    def step(self, lr: float) -> None:
-        """One update at rate `lr`; the module's 16-bit copies are refreshed and the gradients freed."""
-        for group in self.inner.param_groups:
-            group["lr"] = lr
-        self.inner.step()
-        self.shards.push()
+    def step(self, lr: float, *, scale: float = 1.0) -> None:
+        """One update at rate `lr` with the gradients times `scale` (the clip).
+
+        The module's 16-bit copies are refreshed and the gradients freed.
+        """
+        if self.options.kind == "adam":
+            self.num_steps += 1
+            self._adamw(lr, scale)
+        else:
+            self._sgd(lr, scale)
         self.shards.drop_grads()
+
+    def _adamw(self, lr: float, scale: float) -> None:
+        options = self.options
+        tensors = [
+            Updated(
+                shard.master.detach(),
+                shard.grad,
+                **self.states[shard.name],
+                copy=shard.param.detach() if shard.copied else None,
+                weight_decay=self.decays[shard.name],
+            )
+            for shard in self.shards
+            if shard.grad is not None and shard.master.numel()  # a rank may hold no row of a short parameter
+        ]
+        self.adamw(
+            tensors,
+            AdamScalars(
+                lr=lr,
+                beta1=options.beta1,
+                beta2=options.beta2,
+                eps=options.eps,
+                step=self.num_steps,
+                scale=scale,
+            ),
+        )
+
+    @torch.no_grad()
+    def _sgd(self, lr: float, scale: float) -> None:
+        for decay in sorted(set(self.decays.values())):
+            group = [s for s in self.shards if self.decays[s.name] == decay and s.grad is not None and s.master.numel()]
+            if not group:
+                continue
+            grads = [s.grad.to(s.master.dtype) for s in group if s.grad is not None]
+            if scale != 1.0:
+                torch._foreach_mul_(grads, scale)
+            sgd(
+                [s.master.detach() for s in group],
+                grads,
+                [self.states[s.name]["momentum_buffer"] for s in group],
+                weight_decay=decay,
+                momentum=self.options.momentum,
+                lr=lr,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                fused=True,
+            )
+        self.shards.push()
 
     def state(self, shard: Shard, name: str) -> Tensor:
         """A shard's state tensor (exp_avg, exp_avg_sq or momentum_buffer), of the master's shape."""
-        if not shard.master.numel():
-            return torch.zeros_like(shard.master)
-        return self.inner.state[shard.master][name]
-
-    @property
-    def num_steps(self) -> int:
-        """Updates made so far, for Adam's bias correction."""
-        for state in self.inner.state.values():
-            if "step" in state:
-                return int(state["step"])
-        return 0
+        return self.states[shard.name][name]
 
     def set_num_steps(self, steps: int) -> None:
         """Resume the bias correction."""
-        for state in self.inner.state.values():
-            if "step" in state:
-                state["step"].fill_(steps)
+        self.num_steps = steps

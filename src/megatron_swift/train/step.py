@@ -51,9 +51,7 @@ def train_step(
     finite = math.isfinite(norm) and math.isfinite(loss)
     if finite:
         coefficient = clip_grad / (norm + 1e-6)
-        if clip_grad > 0 and coefficient < 1:
-            engine.shards.scale_grads(coefficient)
-        optimizer.step(lr)
+        optimizer.step(lr, scale=coefficient if clip_grad > 0 and coefficient < 1 else 1.0)
     else:
         engine.shards.drop_grads()
     loss_scale.update(overflow=not finite)

@@ -1,0 +1,163 @@
+"""RMSNorm in one pass, and with the linear layer it feeds: the normalised rows are formed again in the backward pass, where they cost a write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each keeps a row of the weight's gradient in registers
+
+
+@triton.jit
+def _forward(x, weight, y, rstd, rows, columns, epsilon, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton compiles it
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    at = row[:, None] * columns + column[None, :]
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(v * v, 1) / columns + epsilon)
+    w = tl.load(weight + column, column < columns, 0.0).to(tl.float32)
+    # Rounded before the product with the weight, as the plain form does it.
+    scaled = (v * r[:, None]).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + at, (scaled * w[None, :]).to(y.dtype.element_ty), inside)
+    tl.store(rstd + row, r, row < rows)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]  # Triton compiles it
+    x,
+    weight,
+    rstd,
+    grad,
+    dx,
+    partial,
+    again,
+    rows,
+    columns,
+    tiles,
+    AGAIN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    w = tl.load(weight + column, column < columns, 0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(program, tiles, programs):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        at = row[:, None] * columns + column[None, :]
+        inside = (row[:, None] < rows) & (column[None, :] < columns)
+        g = tl.load(grad + at, inside, 0.0).to(tl.float32)
+        r = tl.load(rstd + row, row < rows, 0.0)
+        exact = tl.load(x + at, inside, 0.0).to(tl.float32) * r[:, None]
+        scaled = exact.to(dx.dtype.element_ty).to(tl.float32)
+        dw += tl.sum(g * scaled, 0)
+        gw = g * w[None, :]
+        mean = tl.sum(gw * exact, 1) / columns
+        tl.store(dx + at, (r[:, None] * (gw - exact * mean[:, None])).to(dx.dtype.element_ty), inside)
+        if AGAIN:
+            tl.store(again + at, (scaled * w[None, :]).to(dx.dtype.element_ty), inside)
+    tl.store(partial + program.to(tl.int64) * columns + column, dw, column < columns)
+
+
+def _tile(columns: int) -> tuple[int, int, int]:
+    """(rows of a tile, its width, warps): narrow rows (one attention head) go several at a time."""
+    block = triton.next_power_of_2(columns)
+    return max(1, 1024 // block), block, 4 if block <= 2048 else 8
+
+
+def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x [..., H] contiguous -> its RMSNorm, and 1 / root mean square float32 [number of rows]."""
+    columns = x.shape[-1]
+    number = x.numel() // columns
+    y, rstd = torch.empty_like(x), torch.empty(number, dtype=torch.float32, device=x.device)
+    rows, block, warps = _tile(columns)
+    if number:
+        _forward[(triton.cdiv(number, rows),)](
+            x, weight, y, rstd, number, columns, epsilon, ROWS=rows, BLOCK=block, num_warps=warps
+        )
+    return y, rstd
+
+
+def norm_backward(
+    x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor, *, again: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(gradient of x, gradient of the weight, the normalised rows once more if `again`)."""
+    columns = x.shape[-1]
+    number = len(rstd)
+    dx = torch.empty_like(x)
+    normalised = torch.empty_like(x) if again else None
+    rows, block, warps = _tile(columns)
+    tiles = triton.cdiv(number, rows)
+    programs = max(min(tiles, _PROGRAMS_PER_PROCESSOR * _processors(x.device)), 1)
+    partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
+    _backward[(programs,)](
+        x,
+        weight,
+        rstd,
+        grad,
+        dx,
+        partial,
+        dx if normalised is None else normalised,
+        number,
+        columns,
+        tiles,
+        AGAIN=again,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return dx, partial.sum(0).to(weight.dtype), normalised
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x = x.contiguous()
+        y, rstd = norm_forward(x, weight, epsilon)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, rstd = ctx.saved_tensors
+        dx, dw, _ = norm_backward(x, weight, rstd, grad.contiguous(), again=False)
+        return dx, dw, None
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+    ) -> Tensor:
+        x = x.contiguous()
+        normalised, rstd = norm_forward(x, norm_weight, epsilon)
+        ctx.save_for_backward(x, norm_weight, rstd, weight)
+        ctx.with_bias = bias is not None
+        return F.linear(normalised, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, norm_weight, rstd, weight = ctx.saved_tensors
+        dx, dn, normalised = norm_backward(x, norm_weight, rstd, grad @ weight, again=True)
+        assert normalised is not None
+        return dx, dn, grad.t() @ normalised, grad.sum(0) if ctx.with_bias else None, None
+
+
+def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`rms_norm` for float32 and 16-bit types."""
+    return _Norm.apply(x, weight, epsilon)  # type: ignore[no-any-return]
+
+
+def fused_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """linear(rms_norm(x)), x [T, H], keeping x alone for the backward pass."""
+    return _NormLinear.apply(x, norm_weight, weight, bias, epsilon)  # type: ignore[no-any-return]

@@ -1,0 +1,98 @@
+"""What lies between a layer's matrix products: RMSNorm, rotation, SwiGLU. Plain forms for every device, and the choice of Triton's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_swift.kernels.triton_runs import why_no_triton
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm over the last dim, computed in float32 (float64 stays float64), as transformers does it."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    scaled = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+    return weight * scaled.to(x.dtype)
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """linear(rms_norm(x)), x [T, H]."""
+    return F.linear(rms_norm(x, norm_weight, epsilon), weight, bias)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[N, 2F] -> silu(first half) * second half [N, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
+    """linear(swiglu(gate_up)), gate_up [N, 2F]."""
+    return F.linear(swiglu(gate_up), weight)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the half-rotation form of rotary embedding to x [T, heads, d]; cos, sin [T, 1, d], their halves alike."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, groups, n + 2, d]: each group's n query heads, its key, its value -> q [T, groups * n, d], k, v [T, groups, d]."""
+    tokens, _, rows, dim = qkv.shape
+    q, k, v = qkv.split((rows - 2, 1, 1), dim=2)
+    return q.reshape(tokens, -1, dim), k.squeeze(2), v.squeeze(2)
+
+
+def split_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_qkv`, with q and k rotated."""
+    q, k, v = split_qkv(qkv)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """The forms in use; each behaves as the plain function of its name."""
+
+    norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    norm_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = norm_linear
+    swiglu: Callable[[Tensor], Tensor] = swiglu
+    swiglu_linear: Callable[[Tensor, Tensor], Tensor] = swiglu_linear
+    split_rotate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = split_rotate
+
+
+PLAIN = LayerKernels()
+
+
+def choose_layer_kernels(
+    wanted: bool, *, device: torch.device, dtype: torch.dtype, recomputed: bool
+) -> tuple[LayerKernels, str]:
+    """(kernels, the sentence about them for the banner).
+
+    recomputed : whole layers are computed again before their backward pass. That stops at the last tensor which the backward pass needs,
+    so the input of linear_fc2 is kept: to form it there would cost the product of linear_fc2 once more.
+    """
+    reason = why_no_triton(device) if wanted else "asked for"
+    if not reason and dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        reason = f"Triton kernels are not written for {dtype}"
+    if reason:
+        return PLAIN, f"torch's own operators ({reason})"
+    return _triton_kernels(recomputed=recomputed), "Triton: RMSNorm, rotary embedding and SwiGLU in one pass each"
+
+
+def _triton_kernels(*, recomputed: bool) -> LayerKernels:
+    from megatron_swift.kernels.fused.norm import fused_norm, fused_norm_linear
+    from megatron_swift.kernels.fused.rope import fused_split_rotate
+    from megatron_swift.kernels.fused.swiglu import fused_swiglu, fused_swiglu_linear
+
+    kernels = LayerKernels(fused_norm, fused_norm_linear, fused_swiglu, fused_swiglu_linear, fused_split_rotate)
+    if recomputed:
+        kernels = dataclasses.replace(
+            kernels, swiglu_linear=lambda gate_up, weight: F.linear(fused_swiglu(gate_up), weight)
+        )
+    return kernels
