@@ -143,6 +143,8 @@ def _list(staging: Path, entries: dict[str, Entry], others: _Others, group: Grou
             assert content is not None
             if not (staging / name).exists():
                 write_file(staging / name, content)
+    here = {str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file()}
+    assert here <= entries.keys(), f"nobody knows the checksums of {sorted(here - entries.keys())}"
     for name, entry in entries.items():
         path = staging / name
         if (group.one_disk or path.exists()) and path.stat().st_size != entry.bytes:
