@@ -129,8 +129,8 @@ class DistributedParams(Arguments):
     )
     tp_comm_overlap: bool = param(
         False,
-        "Overlap tensor-parallel communication with matrix products. Needs sequence_parallel.",
-        not_yet="overlapped tensor-parallel communication",
+        "Run the tensor-parallel communication of the layers beside their matrix products. Needs sequence_parallel and GPUs of one "
+        "machine that reach each other's memory (NVLink).",
     )
     overlap_grad_reduce: bool = param(
         False,

@@ -39,6 +39,7 @@ def engine_options(setup: RunSetup) -> EngineOptions:
         softmax_in_fp32=args.attention_softmax_in_fp32,
         chunked_cross_entropy=args.cross_entropy_loss_fusion,
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
+        tp_comm_overlap=args.tp_comm_overlap,
         sharding=Sharding(strategy),
         context_kind=args.cp_comm_type,
         recompute=Recompute(args.recompute_granularity, args.recompute_method, args.recompute_num_layers),
