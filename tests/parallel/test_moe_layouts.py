@@ -24,7 +24,7 @@ from megatron_swift.testing import make_tiny_model, run_ranks
 from tiny_models import SMALL, load, random_samples
 
 SAMPLES = samples_of_steps(num_micro=4)
-LR32 = 3e-4
+LR32 = 1e-4  # experts see few tokens: more gradients near zero, whose rounding Adam turns into its share of lr
 SP = {"sequence_parallel": True}
 GATHER = {"dispatcher": "allgather"}
 LOOP = {"grouped_experts": False}
