@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megatron_swift.checkpoint.manifest import sum_file
 from megatron_swift.checkpoint.safetensors_io import CODES, INDEX, SafetensorsFolder, write_safetensors
 from megatron_swift.utils.errors import CheckpointError
 
@@ -23,8 +24,13 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3)
 def test_library_reads_what_we_write(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("st") / "x.safetensors"
     values = {name: (torch.rand(shape) * 200).to(dtype) for name, (shape, dtype) in tensors.items()}
-    size = write_safetensors(path, {n: (v.dtype, tuple(v.shape)) for n, v in values.items()}, values.__getitem__)
-    assert path.stat().st_size == size
+
+    def read(name):
+        value = values[name]
+        return [value] if value.ndim == 0 else value.split(1)  # in parts
+
+    entry = write_safetensors(path, {n: (v.dtype, tuple(v.shape)) for n, v in values.items()}, read)
+    assert sum_file(path) == entry
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
     read = load_file(path)
     assert read.keys() == values.keys()
@@ -37,12 +43,66 @@ def test_written_one_by_one_in_order(tmp_path):
 
     def read(name):
         asked.append(name)
-        return torch.ones(2, 3).T  # not contiguous
+        return [torch.ones(2, 3).T]  # not contiguous
 
     write_safetensors(tmp_path / "x", dict.fromkeys("cab", (torch.float32, (3, 2))), read)
     assert asked == ["c", "a", "b"]
-    with pytest.raises(AssertionError):
-        write_safetensors(tmp_path / "x", {"c": (torch.float32, (2, 3))}, read)
+    for wrong in ((torch.float32, (2, 4)), (torch.float16, (3, 2))):
+        with pytest.raises(AssertionError):
+            write_safetensors(tmp_path / "x", {"c": wrong}, read)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_box_is_read(tmp_path_factory, data):
+    """Against the library's whole tensor."""
+    shape = data.draw(st.lists(st.integers(0, 5), max_size=3))
+    value = (torch.rand(shape) * 200).to(data.draw(st.sampled_from(DTYPES)))
+    folder = tmp_path_factory.mktemp("box")
+    save_file({"before": torch.ones(3), "value": value}, folder / "model.safetensors")
+    index = tuple(
+        slice(*sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))))
+        for n in shape[: data.draw(st.integers(0, len(shape)))]
+    )
+    found = SafetensorsFolder(folder).slice("value")[index]
+    assert found.dtype == value.dtype and torch.equal(found, value[index] if index else value)
+
+
+def test_file_cut_while_open(tmp_path):
+    save_file({"a": torch.ones(20)}, tmp_path / "model.safetensors")
+    tensor = SafetensorsFolder(tmp_path).slice("a")
+    (tmp_path / "model.safetensors").open("r+b").truncate(100)
+    with pytest.raises(CheckpointError, match="ends too early"):
+        tensor[(slice(0, 20),)]
+
+
+def _forge(path, change):
+    save_file({"a": torch.ones(20)}, path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["a"] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [21]}, "does not fit"),
+        ({"shape": [-20]}, "does not fit"),
+        ({"shape": ["20"]}, "does not fit"),
+        ({"shape": 3}, "cannot be read"),
+        ({"dtype": "F8_E4M3"}, "is stored as F8_E4M3"),
+        ({"data_offsets": [0, 84]}, "behind its end"),
+        ({"data_offsets": [-4, 76]}, "behind its end"),
+        ({"data_offsets": None}, "cannot be read"),
+    ],
+)
+def test_forged_header(tmp_path, change, words):
+    _forge(tmp_path / "model.safetensors", change)
+    with pytest.raises(CheckpointError, match=words):
+        SafetensorsFolder(tmp_path).shape("a")
 
 
 def _index(folder, weight_map):

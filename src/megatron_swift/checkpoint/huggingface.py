@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,15 +20,18 @@ from megatron_swift.checkpoint.layout import (
     tensor_specs,
     whole_blocks,
 )
+from megatron_swift.checkpoint.manifest import Entry, sum_file
+from megatron_swift.checkpoint.ranks import Group, single
 from megatron_swift.checkpoint.safetensors_io import INDEX, SafetensorsFolder, write_safetensors
 from megatron_swift.checkpoint.weights import TORCH_DTYPES, WeightSource, list_names
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.utils.errors import CheckpointError
+from megatron_swift.utils.errors import CheckpointError, StorageError
 
 # Keys that some folders carry and that say nothing new: old transformers saved rotary frequencies; a tied head may be saved twice.
 _REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq$")
 _TIED_COPY = "lm_head.weight"
 _STACKED = ".experts.gate_up_proj"
+_ROWS_BYTES = 1 << 25  # of a tensor in memory at a time; larger reads are not faster
 
 
 class HuggingFaceWeights:
@@ -82,7 +86,7 @@ class HuggingFaceWeights:
         tensor, where = self.files.slice(block.hf_name), (slice(*columns),) if columns is not None else ()
         if not block.experts:
             return [tensor[(slice(start, stop), *where)]]
-        size = tensor.get_shape()[1]
+        size = tensor.shape[1]
         found = []
         for first, last in whole_blocks(start, stop, size):
             expert, row = divmod(first, size)
@@ -123,36 +127,75 @@ def write_hugging_face(
     dtype: str,
     max_shard_size: int,
     stacked_experts: bool = False,
+    group: Group | None = None,
+    where: Path | None = None,
 ) -> None:
-    """Write a complete Hugging Face folder `out` (which exists and is empty) from `source`, one tensor in memory at a time.
+    """Write a complete Hugging Face folder `out` (which exists and is empty) from `source`, a few rows in memory at a time.
 
     like  : the folder whose config, tokenizer, template and generation files are copied; only the dtype in config.json changes.
     dtype : "float32", "bfloat16" or "float16", the type of the written weights.
     max_shard_size : bytes of weights per file; a larger tensor gets a file of its own.
     stacked_experts : write a layer's experts as one tensor (transformers 5 in memory) instead of one by one, which all readers know.
-    The result depends on nothing but the weights: writing it twice, or from another layout, gives the same bytes.
+    group : the ranks that share the files out among them and all see `out`; every one of them calls it. None: this process alone.
+    where : the folder that an error names instead of `out`.
+    The result depends on nothing but the weights: writing it twice, on more ranks or from another layout, gives the same bytes.
     """
+    group = group or single()
     specs = tensor_specs(cfg, stacked_experts=stacked_experts)
     tensors = hugging_face_tensors(specs.values())
-    copy_companions(like, out, config=False)
-    _write_config(like / "config.json", out / "config.json", dtype)
     torch_dtype = TORCH_DTYPES[dtype]
     shards = _shards(tensors, torch_dtype.itemsize, max_shard_size)
-    weight_map, total = {}, 0
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    ranks = len(group.gather(None))
 
-    def read(name: str) -> Tensor:
-        parts = [source.read(specs[p.name], p.start, p.start + p.rows).to(torch_dtype) for p in tensors[name].parts]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tensors[name].shape)
+    def read(name: str) -> Iterator[Tensor]:
+        return _in_parts(source, specs, tensors[name], torch_dtype)
 
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(out / file, {name: (torch_dtype, tensors[name].shape) for name in names}, read)
-        weight_map.update(dict.fromkeys(names, file))
-        total += sum(_bytes(tensors[name], torch_dtype.itemsize) for name in names)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    HuggingFaceWeights(out, cfg)  # opened again: every key there, every shape right
+    def write_mine() -> dict[str, Entry]:
+        return {
+            names[i]: write_safetensors(out / names[i], {n: (torch_dtype, tensors[n].shape) for n in shards[i]}, read)
+            for i in range(group.rank, len(shards), ranks)
+        }
+
+    def complete() -> None:
+        copy_companions(like, out, config=False)
+        _write_config(like / "config.json", out / "config.json", dtype)
+        if len(shards) > 1:
+            total = sum(_bytes(tensor, torch_dtype.itemsize) for tensor in tensors.values())
+            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        HuggingFaceWeights(out, cfg)  # opened again: every key there, every shape right
+
+    written = group.together(where or out, write_mine)
+    group.together(where or out, lambda: _read_again(out, written[group.rank]))
+    group.together(where or out, lambda: complete() if group.rank == 0 else None)
+
+
+def _in_parts(
+    source: WeightSource, specs: dict[str, TensorSpec], tensor: HuggingFaceTensor, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """A tensor's values from top to bottom."""
+    for part in tensor.parts:
+        spec, stop = specs[part.name], part.start + part.rows
+        width = max(math.prod(spec.shape[1:]) * dtype.itemsize, 1)
+        rows = max(_ROWS_BYTES // width, 1)
+        for start in range(part.start, stop, rows):
+            yield source.read(spec, start, min(start + rows, stop)).to(dtype)
+
+
+def _read_again(out: Path, written: dict[str, Entry]) -> None:
+    """Compare files with the checksums of what was written to them."""
+    for name, entry in written.items():
+        if sum_file(out / name) != entry:
+            raise StorageError(
+                f"{out / name} does not hold what was written to it",
+                why="its checksum is another one",
+                do="look at the disk, and export again",
+            )
 
 
 def _write_config(source: Path, target: Path, dtype: str) -> None:
@@ -167,10 +210,7 @@ def _write_config(source: Path, target: Path, dtype: str) -> None:
 
 
 def _bytes(tensor: HuggingFaceTensor, itemsize: int) -> int:
-    size = itemsize
-    for dim in tensor.shape:
-        size *= dim
-    return size
+    return math.prod(tensor.shape) * itemsize
 
 
 def _shards(tensors: dict[str, HuggingFaceTensor], itemsize: int, limit: int) -> list[list[str]]:
