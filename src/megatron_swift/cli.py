@@ -17,7 +17,7 @@ from megatron_swift.args.reference import help_text
 from megatron_swift.args.rules import check_environment
 from megatron_swift.args.run_params import logging_level_number
 from megatron_swift.args.spec import Arguments
-from megatron_swift.launch import check_processes, guarded, launch, set_threads, wants_torchrun
+from megatron_swift.launch import EXPORT, check_processes, guarded, launch, set_threads, wants_torchrun
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.log import set_up_logging
 
@@ -116,6 +116,16 @@ def _export(args: Any, started: float) -> int:
     return 0
 
 
+def _export_on_ranks(args: Any, started: float) -> int:
+    if not wants_torchrun(os.environ):
+        return _export(args, started)
+    from megatron_swift.commands.export import prepare_export
+
+    check_environment(os.environ)
+    check_processes(os.environ)
+    return launch((prepare_export(args), started), os.environ, job=EXPORT)
+
+
 def _infer(args: Any, started: float) -> int:
     from megatron_swift.commands.infer import run
 
@@ -132,6 +142,10 @@ def _data_show(args: Any, started: float) -> int:
 
 Action = Callable[[Any, float], int]
 COMMANDS: dict[str, dict[str, tuple[type[Arguments], Action]]] = {
-    "megatron": {"sft": (SftArguments, _train), "data show": (DataShowArguments, _data_show)},
+    "megatron": {
+        "sft": (SftArguments, _train),
+        "export": (ExportArguments, _export_on_ranks),
+        "data show": (DataShowArguments, _data_show),
+    },
     "swift": {"export": (ExportArguments, _export), "infer": (InferArguments, _infer)},
 }

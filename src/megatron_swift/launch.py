@@ -24,6 +24,7 @@ from megatron_swift.utils.stop import NOTE, SIGNALS
 
 FAILURES = "MEGATRON_SWIFT_FAILURES"  # the folder in which a failing rank says why
 INTERRUPTED = 130
+TRAIN, EXPORT = "train", "export"  # what ranks can be started for
 
 
 def wants_torchrun(env: Mapping[str, str]) -> bool:
@@ -71,15 +72,16 @@ def set_threads(processes: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
 
 
-def launch(payload: Any, env: Mapping[str, str]) -> int:
-    """Run `megatron_swift.worker` with `payload` (pickled to a private file) on every rank; returns the exit code.
+def launch(payload: Any, env: Mapping[str, str], *, job: str = TRAIN) -> int:
+    """Run `megatron_swift.worker` on every rank for a job, with its `payload` (a setup and when the command began, pickled to a private
+    file); returns the exit code.
 
     A failure prints the block of the rank that failed first.
     """
     set_threads(int(env.get("NPROC_PER_NODE") or 1))
     with tempfile.TemporaryDirectory(prefix="megatron_swift_") as folder:
         file = Path(folder) / "setup.pickle"
-        file.write_bytes(pickle.dumps(payload))
+        file.write_bytes(pickle.dumps((job, *payload)))
         os.environ[FAILURES] = folder
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -12,24 +12,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_swift.args.run_params import logging_level_number
-from megatron_swift.launch import guarded
+from megatron_swift.launch import EXPORT, TRAIN, guarded
 from megatron_swift.utils.log import set_up_logging
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(path: str) -> int:
-    """Train as the setup says; the exit code of `launch.guarded`."""
+    """Train or export as the setup says; the exit code of `launch.guarded`."""
     _die_with_launcher()
-    setup, started = pickle.loads(Path(path).read_bytes())
-    set_up_logging(logging_level_number(setup.args.logging_level))
+    job, setup, started = pickle.loads(Path(path).read_bytes())
+    level = setup.args.logging_level if job == TRAIN else None
+    set_up_logging(logging_level_number(level))
 
     def train() -> None:
         from megatron_swift.commands.train import run
 
         run(setup, started=started)
 
-    return guarded(train)
+    def export() -> None:
+        from megatron_swift.commands.export import run_rank
+
+        run_rank(setup)
+
+    return guarded({TRAIN: train, EXPORT: export}[job])
 
 
 def _die_with_launcher() -> None:

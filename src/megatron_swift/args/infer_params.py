@@ -76,7 +76,6 @@ class ExportParams(Arguments):
     test_convert_precision: bool = param(
         False,
         "Compare the logits of both models in float32 on a short prompt after the conversion; fail where they differ.",
-        not_yet="the comparison after a conversion",
     )
     safe_serialization: bool = param(True, "Write .safetensors files.", not_yet="writing pickled .bin files")
     max_shard_size: str = param("5GB", "Largest size of one weight file, such as 5GB or 500MB.", check=_is_size)

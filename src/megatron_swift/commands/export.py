@@ -1,15 +1,14 @@
-"""`swift export`: a Hugging Face folder to a Megatron checkpoint, and back. One process, one tensor per thread in memory."""
+"""`swift export` and `megatron export`: a Hugging Face folder to a Megatron checkpoint, and back, a few rows in memory at a time."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-import os
-import secrets
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_swift.args.commands import ExportArguments
 from megatron_swift.args.dump import to_json
@@ -18,36 +17,96 @@ from megatron_swift.args.rules import TRACKER, check_export, check_output_dir
 from megatron_swift.checkpoint.companions import CONFIG, FOLDER, copy_companions
 from megatron_swift.commands.chat_template import user_families
 from megatron_swift.commands.setup import find_model
+from megatron_swift.data.encode import encode_prompt
+from megatron_swift.data.plugins import load_plugins
+from megatron_swift.data.templates import load_template
 from megatron_swift.data.tokenizer import Tokenizer
+from megatron_swift.data.types import Message
 from megatron_swift.models.families import Described, describe
 from megatron_swift.utils.errors import CheckpointError
-from megatron_swift.utils.files import fsync_folder, storage_errors, write_json
+from megatron_swift.utils.files import write_json
+
+if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are answered at once
+    from megatron_swift.checkpoint.dcp import Piece
+    from megatron_swift.checkpoint.layout import TensorSpec
+    from megatron_swift.checkpoint.manifest import Entry
+    from megatron_swift.checkpoint.ranks import Group
+    from megatron_swift.checkpoint.weights import WeightSource
 
 ARGS = "args.json"
+QUESTION = "who are you?"  # as in Megatron-SWIFT
+TIMEOUT_MINUTES = 600  # until the slowest rank has written its share
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+    """What the ranks need to know. Plain values only; handed to them as a file.
+
+    load : the Megatron folder to convert, None for the weights in model_dir. ids : tokens for --test_convert_precision, or none.
+    """
+
+    args: ExportArguments
+    described: Described
+    model_dir: Path
+    load: Path | None
+    out: Path
+    dtype: str
+    ids: tuple[int, ...]
 
 
 def run(args: ExportArguments) -> None:
-    """Convert as the arguments say. Raises the SwiftError of whatever is wrong; a half-written folder is never left under its name."""
+    """Convert as the arguments say, in this process. Raises the SwiftError of whatever is wrong."""
+    plan = prepare_export(args)
+    from megatron_swift.checkpoint.ranks import single
+
+    convert(plan, group=single())
+
+
+def run_rank(plan: ExportPlan) -> None:
+    """`run` of one rank of those that torchrun has started, once the plan is made."""
+    from megatron_swift.checkpoint.ranks import all_ranks
+    from megatron_swift.parallel import mesh
+
+    mesh.start(backend="gloo", timeout_minutes=TIMEOUT_MINUTES)
+    try:
+        convert(plan, group=all_ranks(timeout_minutes=TIMEOUT_MINUTES))
+    finally:
+        mesh.stop()
+
+
+def prepare_export(args: ExportArguments) -> ExportPlan:
+    """Everything that can be found wrong before a weight is read; no torch. A missing model is downloaded."""
     inherited = inherit(args)
     inherited.announce()
     args = inherited.args
     check_export(args)
     load = Path(args.mcore_model) if args.to_hf and args.mcore_model else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
-    chat_template = Tokenizer.load(model_dir).chat_template
+    tokenizer = Tokenizer.load(model_dir)
     described = describe(
         model_dir,
         model_type=args.model_type,
         template=args.template,
-        chat_template=chat_template,
+        chat_template=tokenizer.chat_template,
         extra=user_families(args),
     )
     out = output_dir(args, load or model_dir)
     check_output_dir(str(out), exist_ok=args.exist_ok)
+    ids: tuple[int, ...] = ()
+    if args.test_convert_precision:
+        ids = tuple(prompt_ids(args, described.template, tokenizer))
+    return ExportPlan(args, described, model_dir, load, out, args.torch_dtype or described.config.dtype, ids)
+
+
+def convert(plan: ExportPlan, *, group: Group) -> None:
+    """Write what was planned; every rank of the group calls it. A half-written folder is never left under its name."""
+    from megatron_swift.commands.replace_folder import replace_folder
+
     began = time.time()
-    write = _to_mcore(args, described, model_dir) if args.to_mcore else _to_hf(args, described, model_dir, load)
-    replace_folder(out, write, marker=TRACKER if args.to_mcore else CONFIG)
-    print(f"wrote {out} in {time.time() - began:.1f} s", flush=True)
+    write, marker = (_write_mcore, TRACKER) if plan.args.to_mcore else (_write_hf, CONFIG)
+    replace_folder(plan.out, lambda staging: write(plan, staging, group), marker=marker, group=group)
+    if group.rank == 0:
+        print(f"wrote {plan.out} in {time.time() - began:.1f} s", flush=True)
 
 
 def output_dir(args: ExportArguments, source: Path) -> Path:
@@ -61,114 +120,146 @@ def output_dir(args: ExportArguments, source: Path) -> Path:
     return Path(f"{name}{suffix}")
 
 
-def replace_folder(final: Path, write: Callable[[Path], None], *, marker: str) -> None:
-    """Write a folder that appears under its name in one rename.
-
-    Where it exists, the new entries take the place of those of the same name and of old weights; whatever else is there stays.
-    marker : the file without which the folder is none of its kind; there it is taken away first and put last.
-    """
-    final = final.absolute()
-    name = f".{final.name}.tmp-{secrets.token_hex(4)}"
-    exists = final.is_dir()
-    staging = final / name if exists else final.with_name(name)  # inside: the folder may be a mount of its own
-    with storage_errors(final):
-        staging.mkdir(parents=True)
-        try:
-            write(staging)
-            if exists:
-                _merge(staging, final, marker)
-            else:
-                os.rename(staging, final)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        fsync_folder(final.parent)
+def prompt_ids(args: ExportArguments, template: str, tokenizer: Tokenizer) -> list[int]:
+    """The question of --test_convert_precision as the model's template puts it."""
+    plugins = load_plugins([*args.custom_register_path, *args.external_plugins])
+    known = load_template(template, tokenizer, registered={one.name: one for one in plugins.templates})
+    return encode_prompt(known, tokenizer, [Message(role="user", content=QUESTION)])
 
 
-def _merge(staging: Path, final: Path, marker: str) -> None:
-    (final / marker).unlink(missing_ok=True)
-    stale = ("model*.safetensors", "model.safetensors.index.json") if marker == CONFIG else ()
-    for path in [path for pattern in stale for path in final.glob(pattern)]:
-        path.unlink()
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == marker):
-        target = final / path.name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    fsync_folder(final)
-
-
-def _to_mcore(args: ExportArguments, described: Described, model_dir: Path) -> Callable[[Path], None]:
-    from megatron_swift.checkpoint.dcp import Piece, lazy_piece, save_pieces
+def _write_mcore(plan: ExportPlan, staging: Path, group: Group) -> None:
+    from megatron_swift.checkpoint.dcp import save_pieces
     from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
-    from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
-    from megatron_swift.checkpoint.manifest import Entry, write_file
+    from megatron_swift.checkpoint.layout import tensor_specs
+    from megatron_swift.checkpoint.manifest import write_file
     from megatron_swift.checkpoint.megatron_common import COMMON, common_file, extra_states
-    from megatron_swift.checkpoint.publish import publish
-    from megatron_swift.checkpoint.ranks import single
+    from megatron_swift.checkpoint.megatron_weights import MegatronWeights
+    from megatron_swift.checkpoint.publish import iteration_folder, publish
+    from megatron_swift.checkpoint.verify import first_whole
     from megatron_swift.checkpoint.weights import TORCH_DTYPES
 
-    cfg = described.config
-    dtype = args.torch_dtype or cfg.dtype
-    source, specs = HuggingFaceWeights(model_dir, cfg), tensor_specs(cfg)
+    cfg, dtype = plan.described.config, TORCH_DTYPES[plan.dtype]
+    source, specs = HuggingFaceWeights(plan.model_dir, cfg), tensor_specs(cfg)
+    size = sum(math.prod(spec.shape) for spec in specs.values()) * dtype.itemsize
+    threads = plan.args.thread_count or max(math.ceil(size / 1e10), 2)
+    ranks = len(group.gather(None))
+    pieces = _pieces(source, list(specs.values()), plan.dtype, num_layers=cfg.num_layers)
 
-    def write(staging: Path) -> None:
-        def piece(spec: TensorSpec) -> Piece:
-            return lazy_piece(
-                spec, lambda: source.read(spec).to(TORCH_DTYPES[dtype]), TORCH_DTYPES[dtype], num_layers=cfg.num_layers
-            )
+    # Iteration 1, as the original writes it.
+    def write_all(folder: Path) -> dict[str, Entry]:
+        first = group.rank == 0
+        entries = save_pieces(
+            folder,
+            _share(pieces, group.rank, ranks),
+            distributed=group.process_group is not None,
+            process_group=group.process_group,
+            threads=max(math.ceil(threads / ranks), 1),
+            objects=extra_states(cfg) if first else {},
+        )
+        if first:
+            entries[COMMON] = write_file(folder / COMMON, common_file(cfg, iteration=1, consumed_samples=0))
+        return entries
 
-        pieces = [piece(spec) for spec in specs.values()]
-        size = sum(math.prod(spec.shape) for spec in specs.values()) * TORCH_DTYPES[dtype].itemsize
-        threads = args.thread_count or max(math.ceil(size / 1e10), 2)
+    publish(staging, 1, write_all, group=group)
+    folder = first_whole([iteration_folder(staging, 1)], group)  # read again, by checksums
 
-        # Iteration 1, as the original writes it.
-        def write_all(folder: Path) -> dict[str, Entry]:
-            common = write_file(folder / COMMON, common_file(cfg, iteration=1, consumed_samples=0))
-            objects = extra_states(cfg)
-            entries = save_pieces(folder, pieces, distributed=False, threads=threads, objects=objects)
-            return entries | {COMMON: common}
+    def complete() -> None:
+        written = MegatronWeights(folder, specs, num_layers=cfg.num_layers)
+        copy_companions(plan.model_dir, staging / FOLDER, config=True)
+        _write_args(staging, plan)
+        _check_precision(plan, source, written)
 
-        publish(staging, 1, write_all, group=single())
-        copy_companions(model_dir, staging / FOLDER, config=True)
-        _write_args(staging, args, described, model_dir, dtype)
-
-    return write
+    group.together(plan.out, lambda: complete() if group.rank == 0 else None)
 
 
-def _to_hf(args: ExportArguments, described: Described, model_dir: Path, load: Path | None) -> Callable[[Path], None]:
-    from megatron_swift.checkpoint.dcp import MegatronWeights
-    from megatron_swift.checkpoint.huggingface import keeps_experts_stacked, parse_size, write_hugging_face
+def _pieces(source: WeightSource, specs: Sequence[TensorSpec], dtype: str, *, num_layers: int) -> list[Piece]:
+    """Every parameter as pieces that are read when they are written: a matrix each, of experts one expert's."""
+    from megatron_swift.checkpoint.dcp import Piece
+    from megatron_swift.checkpoint.weights import TORCH_DTYPES
+
+    kept = TORCH_DTYPES[dtype]
+
+    def piece(spec: TensorSpec, start: int, stop: int) -> Piece:
+        ((_, offset, size),) = spec.megatron_boxes(start, stop)
+        shape = spec.megatron_shape(num_layers)
+        return Piece(
+            spec.megatron_key, lambda: source.read(spec, start, stop).to(kept).reshape(size), kept, size, offset, shape
+        )
+
+    found = []
+    for spec in specs:
+        rows = spec.shape[0] // max(spec.experts, 1)
+        found += [piece(spec, start, start + rows) for start in range(0, spec.shape[0], rows)]
+    return found
+
+
+def _share(pieces: Sequence[Piece], rank: int, ranks: int) -> list[Piece]:
+    """The pieces that a rank writes: a run of neighbours, as many values to each as to the others."""
+    ends = list(itertools.accumulate(math.prod(piece.size) for piece in pieces))
+    total = ends[-1]
+    return [piece for piece, end in zip(pieces, ends, strict=True) if (end * ranks - 1) // total == rank]
+
+
+def _write_hf(plan: ExportPlan, staging: Path, group: Group) -> None:
+    from megatron_swift.checkpoint.huggingface import (
+        HuggingFaceWeights,
+        keeps_experts_stacked,
+        parse_size,
+        write_hugging_face,
+    )
+
+    cfg = plan.described.config
+    source = open_megatron(plan, group)
+    write_hugging_face(
+        source,
+        cfg,
+        staging,
+        like=plan.model_dir,
+        dtype=plan.dtype,
+        max_shard_size=parse_size(plan.args.max_shard_size),
+        stacked_experts=keeps_experts_stacked(plan.model_dir),
+        group=group,
+        where=plan.out,
+    )
+
+    def complete() -> None:
+        _write_args(staging, plan)
+        _check_precision(plan, source, HuggingFaceWeights(staging, cfg))
+
+    group.together(plan.out, lambda: complete() if group.rank == 0 else None)
+
+
+def open_megatron(plan: ExportPlan, group: Group) -> WeightSource:
+    """The checkpoint that the folder's tracker names, looked through before it is used."""
     from megatron_swift.checkpoint.layout import tensor_specs
+    from megatron_swift.checkpoint.megatron_weights import MegatronWeights
     from megatron_swift.checkpoint.publish import latest
-    from megatron_swift.checkpoint.ranks import single
     from megatron_swift.checkpoint.verify import first_whole
 
-    assert load is not None
-    folder = latest(load)
+    assert plan.load is not None
+    folder = latest(plan.load)
     if folder is None:
-        raise CheckpointError(f"--mcore_model {load} holds no checkpoint", do="give a folder that holds iter_* folders")
-    folder = first_whole([folder], single())  # an older one than the user expects would be exported in silence
-    cfg = described.config
-    dtype = args.torch_dtype or cfg.dtype
-    source = MegatronWeights(folder, tensor_specs(cfg), num_layers=cfg.num_layers)
-
-    def write(staging: Path) -> None:
-        write_hugging_face(
-            source,
-            cfg,
-            staging,
-            like=model_dir,
-            dtype=dtype,
-            max_shard_size=parse_size(args.max_shard_size),
-            stacked_experts=keeps_experts_stacked(model_dir),
+        raise CheckpointError(
+            f"--mcore_model {plan.load} holds no checkpoint", do="give a folder that holds iter_* folders"
         )
-        _write_args(staging, args, described, model_dir, dtype)
+    folder = first_whole([folder], group)  # an older one than the user expects would be exported in silence
+    cfg = plan.described.config
+    return MegatronWeights(folder, tensor_specs(cfg), num_layers=cfg.num_layers)
 
-    return write
+
+def _check_precision(plan: ExportPlan, source: WeightSource, converted: WeightSource) -> None:
+    if not plan.ids:
+        return
+    from megatron_swift.commands.export_check import compare
+
+    found = compare(source, converted, plan.described.config, plan.ids)
+    print(found.table(), flush=True)
+    found.check()
 
 
-def _write_args(staging: Path, args: ExportArguments, described: Described, model_dir: Path, dtype: str) -> None:
+def _write_args(staging: Path, plan: ExportPlan) -> None:
     """args.json: what `swift infer` and `megatron sft` inherit from this folder, the system prompt among it."""
-    known = args.model if model_dir.name == FOLDER else str(model_dir.absolute())
+    args, described = plan.args, plan.described
+    known = args.model if plan.model_dir.name == FOLDER else str(plan.model_dir.absolute())
     resolved = dataclasses.replace(args, model=known, template=described.template, model_type=described.model_type)
-    write_json(staging / ARGS, to_json(resolved) | {"torch_dtype": dtype})
+    write_json(staging / ARGS, to_json(resolved) | {"torch_dtype": plan.dtype})
