@@ -12,6 +12,24 @@ from megatron_swift.checkpoint.verify import failure_of, first_whole
 from megatron_swift.utils.errors import CheckpointError
 
 
+class _Kept(logging.Handler):
+    """The package's messages, whatever other tests have made of its logger and pytest's."""
+
+    def __init__(self):
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    handler = _Kept()
+    monkeypatch.setattr(logging.getLogger("megatron_swift"), "handlers", [handler])
+    return handler.records
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Three checkpoints, newest first."""
@@ -23,17 +41,15 @@ def folders(tmp_path):
     return found
 
 
-def test_the_first_is_taken(folders, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("megatron_swift"), "propagate", True)
-    assert first_whole(folders, single()) == folders[0] and not caplog.text
+def test_the_first_is_taken(folders, kept):
+    assert first_whole(folders, single()) == folders[0] and not kept
 
 
-def test_falling_back_is_said_once_and_loudly(folders, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("megatron_swift"), "propagate", True)
+def test_falling_back_is_said_once_and_loudly(folders, kept):
     (folders[0] / "state.json").write_text("iter_0000004")
     (folders[1] / MANIFEST).unlink()
     assert first_whole(folders, single()) == folders[2]
-    (record,) = caplog.records
+    (record,) = kept
     assert record.levelno == logging.ERROR
     assert "iter_0000003/state.json is damaged" in record.getMessage() and "FALLING BACK" in record.getMessage()
 
