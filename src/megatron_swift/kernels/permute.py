@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_swift.kernels.triton_runs import triton_takes
+
 
 class _Take(torch.autograd.Function):
     """x[order // k]: the token of each choice, in expert order. The gradient gathers instead of scattering, so it is the same on every run."""
@@ -21,6 +23,10 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (back,) = ctx.saved_tensors
+        if triton_takes(grad):
+            from megatron_swift.kernels.fused.combine import gather_sum
+
+            return gather_sum(grad.contiguous(), back, None, k=ctx.shape[1]), None, None, None
         return _gather_back(grad, back).view(ctx.shape).sum(1), None, None, None
 
 
@@ -53,6 +59,10 @@ class Permuted:
         """
         if self.slots is not None:
             y = y.index_select(0, self.slots)
+        if triton_takes(y):
+            from megatron_swift.kernels.fused.combine import fused_combine
+
+            return fused_combine(y, self.back, probs)
         each = _gather_back(y, self.back).view(*probs.shape, y.shape[1])
         return (each * probs[..., None]).sum(1).to(y.dtype)
 

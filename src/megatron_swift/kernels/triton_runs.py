@@ -22,3 +22,8 @@ def why_no_triton(device: torch.device) -> str:
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def triton_takes(x: torch.Tensor) -> bool:
+    """Whether Triton kernels can be used on x: where they run, for all but float64."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and not why_no_triton(x.device)

@@ -13,7 +13,7 @@ from megatron_swift.kernels.cross_entropy import linear_cross_entropy
 from megatron_swift.kernels.layers import LayerKernels
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.layers import MLP, Attention, Embedding, Linear, NormLinear, RMSNorm, Seam, identity
-from megatron_swift.models.moe import MoELayer
+from megatron_swift.models.moe import Experts, MoELayer
 from megatron_swift.models.rope import Rotary
 from megatron_swift.models.routing import Routing
 
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
     def set_kernels(self, kernels: LayerKernels) -> None:
         """Use these forms of what lies between the matrix products, everywhere."""
         for module in self.modules():
-            if isinstance(module, (RMSNorm, NormLinear, Linear, Attention)):
+            if isinstance(module, (RMSNorm, NormLinear, Linear, Attention, Experts)):
                 module.kernels = kernels
 
     @property

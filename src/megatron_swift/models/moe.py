@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_swift.kernels.grouped_linear import GroupedLinear, looped_linear
+from megatron_swift.kernels.layers import PLAIN
 from megatron_swift.kernels.permute import permute
 from megatron_swift.models import routing as rules
 from megatron_swift.models.config import ModelConfig, MoEConfig
@@ -118,13 +119,12 @@ class Experts(nn.Module):
         self.number = cfg.num_experts if cfg.experts_here is None else cfg.experts_here
         self.linear_fc1 = Linear(hidden_size, self.number * 2 * cfg.ffn_hidden_size)
         self.linear_fc2 = Linear(cfg.ffn_hidden_size, self.number * hidden_size)
-        self.product = looped_linear
+        self.product, self.kernels = looped_linear, PLAIN
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [N, H] in order of expert, counts int64 [experts of this rank] -> [N, H]."""
         first, second = (w.weight.view(self.number, -1, w.weight.shape[1]) for w in (self.linear_fc1, self.linear_fc2))
-        gate, up = self.product(x, first, counts).chunk(2, dim=-1)
-        return self.product(F.silu(gate) * up, second, counts)
+        return self.product(self.kernels.swiglu(self.product(x, first, counts)), second, counts)
 
 
 # dispatch(x [T, H], choice, experts) -> [T, H], the weighted sum of each token's experts
@@ -148,8 +148,7 @@ class SharedExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
-        gate, up = self.linear_fc1(x).chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate) * up) * torch.sigmoid(F.linear(x, self.gate_weight))
+        return self.linear_fc2.after_swiglu(self.linear_fc1(x)) * torch.sigmoid(F.linear(x, self.gate_weight))
 
 
 class MoELayer(nn.Module):

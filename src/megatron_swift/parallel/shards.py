@@ -186,7 +186,7 @@ class Shards:
         parts = [t[b.local : b.local + b.rows] for s, t in values for b in s.boxes if b.owned]
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if parts:
-            total = torch.cat([norms.double().reshape(-1) for norms in _norms(parts, self.master_dtype)]).square().sum()
+            total = torch.cat(_norms(parts, self.master_dtype)).double().square().sum()
         return float(self.mesh.sum_(total).sqrt())
 
     def owned(self) -> dict[str, list[tuple[Box, Tensor]]]:
@@ -216,9 +216,9 @@ def _sum_together(tensors: list[Tensor], axis: Axis) -> None:
 def _norms(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Norms in `dtype` whose squares add up to the whole's."""
     if parts[0].is_cuda:  # chunks of 2^16 values, a few launches for all
-        return torch._foreach_norm(parts, 2, dtype=dtype)  # type: ignore[return-value]
+        return [torch.stack(torch._foreach_norm(parts, 2, dtype=dtype))]  # type: ignore[arg-type]
     # Row by row: over millions of values the float32 sums of a CPU kernel lose a thousandth, the more the larger a rank's part.
-    return [torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in parts]
+    return [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).reshape(-1) for part in parts]
 
 
 def _accumulate(shard: Shard, param: Tensor, *, narrow: bool) -> None:

@@ -1,0 +1,137 @@
+"""What `benchmarks/gpu.py` is measured beside: transformers with Liger's kernels, on the same shapes and rows, padded where ours are packed.
+
+    python benchmarks/gpu_peers.py [--cases llama8b ragged8192 ...] [--steps 4]
+
+bfloat16 weights, SDPA attention, clip 1, torch's fused AdamW on float32 masters (moments and masters 12 bytes a parameter). Needs
+transformers and liger-kernel. Ragged rows are padded to the longest of each of the batches that hold about 8192 real tokens, sorted by
+nothing: a plain fine-tuning loop. Trained tokens per second count real tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import transformers
+from gpu import CASES, Case
+from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen2
+from torch import Tensor
+
+from megatron_swift.models.config import ModelConfig
+from megatron_swift.parallel.engine import Counts
+from megatron_swift.train.flops import step_flops
+
+WARM_UP = 2
+
+
+def make_model(cfg: ModelConfig) -> transformers.PreTrainedModel:
+    """The shape as a transformers model with Liger's kernels, on the GPU in bfloat16."""
+    sizes = dict(
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.ffn_hidden_size,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_attention_heads,
+        num_key_value_heads=cfg.num_query_groups,
+        vocab_size=cfg.vocab_size,
+        tie_word_embeddings=cfg.tied_embeddings,
+        max_position_embeddings=cfg.max_position_embeddings,
+    )
+    if cfg.qkv_bias:
+        apply_liger_kernel_to_qwen2(fused_linear_cross_entropy=True)
+        config: transformers.PretrainedConfig = transformers.Qwen2Config(**sizes)
+    else:
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=True)
+        config = transformers.LlamaConfig(**sizes)
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.config.use_cache = False
+    return model.train()
+
+
+def make_batches(case: Case) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """(tokens, mask, labels) of each forward pass of a step."""
+    rng = np.random.default_rng(0)
+    lengths = list(case.lengths)
+    groups = [lengths] if len(set(lengths)) == 1 else [lengths[i::2] for i in range(2)]
+    batches = []
+    for group in groups:
+        tokens = torch.from_numpy(rng.integers(0, case.model.vocab_size, (len(group), max(group)))).cuda()
+        mask = (torch.arange(max(group))[None] < torch.tensor(group)[:, None]).cuda()
+        labels = tokens.masked_fill(~mask, -100)
+        batches.append((tokens, None if mask.all() else mask.long(), labels))
+    return batches
+
+
+def make_step(case: Case) -> Callable[[], float]:
+    """One optimizer step; returns the loss."""
+    model = make_model(case.model)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    masters = [p.detach().float().requires_grad_() for p in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    batches = make_batches(case)
+
+    def step() -> float:
+        total = 0.0
+        for tokens, mask, labels in batches:
+            loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss / len(batches)
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+        for master, weight in zip(masters, weights, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
+        return total
+
+    return step
+
+
+def measure(case: Case, *, steps: int) -> dict[str, float]:
+    """Seconds, rates and memory of one case."""
+    step = make_step(case)
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    losses = [step() for _ in range(steps)]
+    torch.cuda.synchronize()
+    took = (time.perf_counter() - began) / steps
+    tokens = sum(case.lengths)
+    flops = step_flops(case.model, Counts(tokens, tokens, sum(n * n for n in case.lengths)))
+    return {
+        "seconds": round(took, 4),
+        "tflops": round(flops / took / 1e12, 1),
+        "tokens_per_second": round(tokens / took),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "loss": round(losses[-1], 4),
+    }
+
+
+def main() -> None:
+    """Parse, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    dense = [name for name, case in CASES.items() if case.model.moe is None and not case.options]
+    parser.add_argument("--cases", nargs="+", choices=dense, default=["llama8b", "ragged8192"])
+    parser.add_argument("--steps", type=int, default=4)
+    arguments = parser.parse_args()
+    for name in arguments.cases:
+        try:
+            result: dict[str, object] = dict(measure(CASES[name], steps=arguments.steps))
+        except torch.OutOfMemoryError as error:
+            result = {"error": str(error).splitlines()[0][:160]}
+        print("transformers + Liger", name, json.dumps(result), flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The Triton kernels against their plain twins in float64: float32 and bfloat16, forward and backward. They need a GPU, or Triton's
+interpreter (`TRITON_INTERPRET=1` in an environment with Triton), which shares every line with them but the compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from megatron_swift.kernels import layers
+from megatron_swift.kernels.adamw import AdamScalars, Updated, plain_adamw
+from megatron_swift.kernels.attention import Segments, plain_attention
+from megatron_swift.kernels.cross_entropy import VocabularyShard, chunked_linear_cross_entropy, linear_cross_entropy
+from megatron_swift.kernels.dense_attention import dense_attention, is_even
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
+)
+# The interpreter cuts float32 to bfloat16 where a GPU rounds: twice the error.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.2e-2 if INTERPRETED else 6e-3}
+both_types = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def run(function, tensors):
+    """Outputs, then gradients of all tensors for random gradients of the outputs."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [values(*out.shape, seed=99 + i).to(out.dtype) for i, out in enumerate(outputs)]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, tensors, grads)]
+
+
+def check(plain, fused, tensors, dtype):
+    """The fused form in `dtype` against the plain one in float64 on the same (rounded) values."""
+    rounded = [t.to(dtype) for t in tensors]
+    for mine, exact in zip(run(fused, rounded), run(plain, [t.double() for t in rounded]), strict=True):
+        assert mine.shape == exact.shape and mine.dtype in (dtype, torch.float32)
+        assert (mine.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+@needs_triton
+@both_types
+@pytest.mark.parametrize("shape", [(7, 24), (5, 3, 128), (0, 24), (3, 1536)])
+def test_norm(dtype, shape):
+    from megatron_swift.kernels.fused.norm import fused_norm
+
+    tensors = [values(*shape), values(shape[-1], seed=1)]
+    check(lambda x, w: layers.rms_norm(x, w, 1e-6), lambda x, w: fused_norm(x, w, 1e-6), tensors, dtype)
+
+
+@needs_triton
+@both_types
+@pytest.mark.parametrize("bias", [True, False])
+def test_norm_linear(dtype, bias):
+    from megatron_swift.kernels.fused.norm import fused_norm_linear
+
+    tensors = [values(9, 24), values(24, seed=1), values(16, 24, seed=2), *([values(16, seed=3)] if bias else [])]
+
+    def with_bias(function):
+        return lambda x, n, w, b=None: function(x, n, w, b, 1e-6)
+
+    check(with_bias(layers.norm_linear), with_bias(fused_norm_linear), tensors, dtype)
+
+
+@needs_triton
+@both_types
+def test_swiglu(dtype):
+    from megatron_swift.kernels.fused.swiglu import fused_swiglu, fused_swiglu_linear
+
+    check(layers.swiglu, fused_swiglu, [values(5, 2 * 1100)], dtype)
+    check(layers.swiglu_linear, fused_swiglu_linear, [values(5, 2 * 40), values(16, 40, seed=1)], dtype)
+
+
+@needs_triton
+@both_types
+@pytest.mark.parametrize(("groups", "heads", "dim"), [(2, 3, 12), (3, 1, 8), (1, 4, 128)])
+def test_split_rotate(dtype, groups, heads, dim):
+    from megatron_swift.kernels.fused.rope import fused_split_rotate
+
+    angles = values(6, 1, dim // 2, seed=5).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    check(
+        lambda x: layers.split_rotate(x, cos.to(x.dtype), sin.to(x.dtype)),
+        lambda x: fused_split_rotate(x, cos, sin),
+        [values(6, groups, heads + 2, dim)],
+        dtype,
+    )
+
+
+@needs_triton
+@both_types
+@pytest.mark.parametrize("chunk", [100, 3])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_cross_entropy(dtype, chunk, weighted):
+    """A rank's rows end before the matrix does in the second half; the loss is of the one rank there is."""
+    from megatron_swift.kernels.fused.cross_entropy import fused_softmax
+
+    targets = torch.arange(7, device=DEVICE) * 3 % 33
+    scale = values(7, seed=7).abs().float() if weighted else torch.tensor(0.3, device=DEVICE)
+    tensors = [values(7, 24) / 4, values(37, 24, seed=1)]
+
+    def fused(shard):
+        return lambda h, w: chunked_linear_cross_entropy(
+            h, w, targets, scale, chunk_tokens=chunk, shard=shard, softmax=fused_softmax
+        )
+
+    # bfloat16 logits have errors of 2^-9 of their own size, and the loss depends on them exponentially.
+    check(lambda h, w: linear_cross_entropy(h, w, targets, scale.double()), fused(None), tensors, dtype)
+    shard = VocabularyShard(0, 33, lambda x: x, lambda x: x)
+    check(
+        lambda h, w: chunked_linear_cross_entropy(h, w, targets, scale.double(), shard=shard),
+        fused(shard),
+        tensors,
+        dtype,
+    )
+
+
+@needs_triton
+@both_types
+def test_combine(dtype):
+    """Two of the twelve choices are dropped: their index is the number of rows."""
+    from megatron_swift.kernels.fused.combine import fused_combine, gather_sum
+
+    back = torch.tensor([3, 0, 10, 5, 1, 8, 2, 9, 4, 10, 6, 7], device=DEVICE)
+    probs = values(4, 3, seed=1).abs()
+
+    def plain(y, p):
+        rows = torch.cat([y, y.new_zeros(1, y.shape[1])])[back].view(4, 3, -1)
+        return (rows * p[..., None]).sum(1)
+
+    check(plain, lambda y, p: fused_combine(y, back, p), [values(10, 20), probs], dtype)
+    y = values(10, 20).to(dtype)
+    torch.testing.assert_close(
+        gather_sum(y, back, None, k=3).double(), plain(y.double(), torch.ones_like(probs)), rtol=0.02, atol=0.02
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("copied", [True, False])
+def test_adamw(grad_dtype, copied):
+    from megatron_swift.kernels.fused.adamw import fused_adamw
+
+    def tensors():
+        copy = torch.empty(50, 77, dtype=torch.bfloat16, device=DEVICE) if copied else None
+        master, grad, first, second = (values(50, 77, seed=i).float() for i in range(4))
+        return Updated(master, grad.to(grad_dtype), first, second.abs(), copy, 0.1)
+
+    one, other = tensors(), tensors()
+    scalars = AdamScalars(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, step=3, scale=0.25)
+    plain_adamw([one], scalars)
+    fused_adamw([other], scalars)
+    for name in ("master", "exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=2e-6, atol=1e-7)
+    if copied:
+        torch.testing.assert_close(other.copy, one.copy, rtol=2**-7, atol=0)
+
+
+def test_plain_adamw_takes_16_bit_gradients():
+    """As if they had been widened before, and the copy is the new master rounded."""
+    made = []
+    for dtype in (torch.bfloat16, torch.float32):
+        master, grad, first = (torch.randn(3, 5, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        one = Updated(master, grad.bfloat16().to(dtype), first, first.square(), torch.empty(3, 5).bfloat16(), 0.1)
+        plain_adamw([one], AdamScalars(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, step=2, scale=0.5))
+        made.append(one)
+        assert torch.equal(one.copy, one.master.bfloat16())
+    assert torch.equal(made[0].master, made[1].master) and torch.equal(made[0].exp_avg, made[1].exp_avg)
+
+
+def test_a_dense_batch_is_attention_within_segments():
+    """On a CPU torch takes one of its other kernels; the cutting is the same."""
+    lengths = (128, 128, 128)
+    q, k, v = (torch.randn(384, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    segments = Segments.of(lengths, torch.device("cpu"))
+    expected = run(lambda *x: plain_attention(*x, segments), (q, k, v)) if DEVICE == "cpu" else None
+    mine = dense_attention(q, k, v, lengths)
+    torch.testing.assert_close(mine, plain_attention(q, k, v, segments), rtol=1e-12, atol=1e-12)
+    if expected is not None:
+        for found, right in zip(run(lambda *x: dense_attention(*x, lengths), (q, k, v)), expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+    assert is_even(lengths) and is_even((256,)) and not is_even((128, 256)) and not is_even((100, 100))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("heads", "groups"), [(12, 2), (16, 16)])
+def test_dense_attention_on_a_gpu(heads, groups):
+    segments = Segments.of((256,) * 3, torch.device("cuda"))
+    tensors = [values(768, n, 128, seed=seed) for seed, n in enumerate((heads, groups, groups))]
+    check(
+        lambda *x: plain_attention(*x, segments),
+        lambda *x: dense_attention(*x, segments.lengths),
+        tensors,
+        torch.bfloat16,
+    )
