@@ -90,6 +90,16 @@ def test_a_damaged_block_is_found_by_the_rank_that_has_it(tmp_path, small_blocks
     assert found == 1
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret", "sub/../../secret"])
+def test_a_manifest_that_names_files_elsewhere(tmp_path, name):
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    entry = write_file(tmp_path / "secret", b"here")
+    write_manifest(folder, {name: entry})
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read: .*outside the folder"):
+        verify(folder)
+
+
 def test_manifests_of_the_first_format(tmp_path):
     (tmp_path / "file").write_bytes(b"some bytes")
     entry = {"bytes": 10, "blake2b": digest(tmp_path / "file")}

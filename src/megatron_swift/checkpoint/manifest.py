@@ -190,6 +190,8 @@ def _checks(folder: Path) -> list[_Check]:
         if listed["format"] not in (1, 2):
             raise KeyError(f"format {listed['format']}")
         for name, entry in listed["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise KeyError(f"{name!r} lies outside the folder")
             path = folder / name
             if not path.is_file():
                 raise CheckpointError(
