@@ -19,11 +19,12 @@ MIB = 1 << 20
 HEAD_ROOM = 32 * MIB
 # What is imported and set up does not count: it is there before the limit is.
 CHILD = """
-import json, resource, sys
+import json, resource, sys, threading
 import torch, torch._dynamo
 from megatron_swift.args.commands import ExportArguments, parse
 from megatron_swift.commands import export
 
+threading.stack_size(1 << 20)  # 8 MiB each would count whole, touched or not
 warm, flags, room = json.load(sys.stdin)
 for argv in warm:
     export.run(parse(ExportArguments, argv))
@@ -40,7 +41,6 @@ status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print("peak", int(status["VmHWM"].split()[0]) * 1024 - rss)
 """
 SIZES = {
-    "qwen2": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 32, "vocab_size": 3000},
     # all experts of a layer are twice the head-room
     "qwen3_moe": {"hidden_size": 512, "num_experts": 64, "moe_intermediate_size": 512, "num_hidden_layers": 7},
 }

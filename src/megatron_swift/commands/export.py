@@ -27,6 +27,8 @@ from megatron_swift.utils.errors import CheckpointError
 from megatron_swift.utils.files import write_json
 
 if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are answered at once
+    from torch import Tensor
+
     from megatron_swift.checkpoint.dcp import Piece
     from megatron_swift.checkpoint.layout import TensorSpec
     from megatron_swift.checkpoint.manifest import Entry
@@ -35,6 +37,7 @@ if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are
 
 ARGS = "args.json"
 QUESTION = "who are you?"  # as in Megatron-SWIFT
+PART_BYTES = 1 << 20  # read at a time into a matrix that is about to be written
 TIMEOUT_MINUTES = 600  # until the slowest rank has written its share
 
 
@@ -174,6 +177,8 @@ def _write_mcore(plan: ExportPlan, staging: Path, group: Group) -> None:
 
 def _pieces(source: WeightSource, specs: Sequence[TensorSpec], dtype: str, *, num_layers: int) -> list[Piece]:
     """Every parameter as pieces that are read when they are written: a matrix each, of experts one expert's."""
+    import torch
+
     from megatron_swift.checkpoint.dcp import Piece
     from megatron_swift.checkpoint.weights import TORCH_DTYPES
 
@@ -181,10 +186,16 @@ def _pieces(source: WeightSource, specs: Sequence[TensorSpec], dtype: str, *, nu
 
     def piece(spec: TensorSpec, start: int, stop: int) -> Piece:
         ((_, offset, size),) = spec.megatron_boxes(start, stop)
-        shape = spec.megatron_shape(num_layers)
-        return Piece(
-            spec.megatron_key, lambda: source.read(spec, start, stop).to(kept).reshape(size), kept, size, offset, shape
-        )
+
+        def read() -> Tensor:
+            out = torch.empty((stop - start, *spec.shape[1:]), dtype=kept)
+            step = max(PART_BYTES // max(math.prod(spec.shape[1:]) * kept.itemsize, 1), 1)
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                out[first - start : last - start] = source.read(spec, first, last)
+            return out.view(size)
+
+        return Piece(spec.megatron_key, read, kept, size, offset, spec.megatron_shape(num_layers))
 
     found = []
     for spec in specs:
