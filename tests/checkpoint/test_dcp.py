@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from tiny_weights import config, pieces_of_rank, random_weights, rows_of_rank
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_swift.checkpoint.dcp import METADATA_JSON, DcpFolder, MegatronWeights, lazy_piece, pieces_of, save_pieces
+from megatron_swift.checkpoint.dcp import METADATA_JSON, DcpFolder, lazy_piece, pieces_of, save_pieces
 from megatron_swift.checkpoint.layout import tensor_specs
+from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.testing import run_ranks
 from megatron_swift.utils.errors import CheckpointError, StorageError
 

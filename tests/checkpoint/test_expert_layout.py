@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_weights import config_of, pieces_of_rank, random_weights
 
-from megatron_swift.checkpoint.dcp import DcpFolder, MegatronWeights, save_pieces
+from megatron_swift.checkpoint.dcp import DcpFolder, save_pieces
 from megatron_swift.checkpoint.huggingface import (
     HuggingFaceWeights,
     has_stacked_experts,
@@ -22,6 +22,7 @@ from megatron_swift.checkpoint.huggingface import (
     write_hugging_face,
 )
 from megatron_swift.checkpoint.layout import TensorSpec, hugging_face_tensors, tensor_specs, whole_blocks
+from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.models.decoder import build_decoder
 from megatron_swift.testing import make_tiny_model
 from megatron_swift.utils.errors import CheckpointError

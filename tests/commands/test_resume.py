@@ -13,7 +13,7 @@ from megatron_swift.args.commands import ExportArguments, parse
 from megatron_swift.checkpoint.publish import TRACKER, iteration_folder, published
 from megatron_swift.commands import export
 from megatron_swift.testing import make_tiny_model
-from megatron_swift.utils.errors import CheckpointError, UsageError
+from megatron_swift.utils.errors import CheckpointError, DataError, UsageError
 from megatron_swift.utils.log import set_up_logging
 
 LENGTH = "12"  # two passes over 24 rows, 4 a step
@@ -183,8 +183,10 @@ def test_what_is_missing_is_named(sft, runs, run, flags, words):
 
 
 def test_more_ranks_than_random_states(sft, runs):
-    with pytest.raises(CheckpointError, match="holds the random state of 1 ranks, not of 2"):
-        sft("--train_iters", "5", "--load", str(runs["full"]), ranks=2)
+    """The second rank takes the first one's."""
+    result = sft("--train_iters", "5", "--load", str(runs["full"]), ranks=2)
+    found = contents(result.run_dir, 5)
+    assert len(result.steps) == 2 and found["rng_00001.json"] == contents(runs["full"], 3)["rng_00000.json"]
 
 
 @pytest.mark.parametrize("iters", ["3", "2"])
@@ -193,18 +195,56 @@ def test_nothing_left_to_train(sft, runs, iters):
         sft("--train_iters", iters, "--load", str(runs["full"]))
 
 
-def test_other_data_and_settings(sft, runs, tmp_path, capfd):
-    write_rows(tmp_path / "other.jsonl", 9)
+def test_other_settings_are_shown(sft, runs, capfd):
     set_up_logging()
     flags = ("--load", str(runs["full"]), "--train_iters", "9")
     with pytest.raises(UsageError, match="--global_batch_size 8 does not divide the 12 samples") as error:
         sft(*flags, "--global_batch_size", "8")
     assert "--global_batch_size 4" in error.value.do
-    result = sft(*flags, "--global_batch_size", "6", "--seed", "7", rows=tmp_path / "other.jsonl")
-    assert len(result.steps) == 6
-    said = capfd.readouterr().err
-    for name in ("global_batch_size: 4 then, 6 now", "seed: 42 then, 7 now", "training data"):
-        assert f"resuming with another {name}" in said
+    capfd.readouterr()
+    result = sft(*flags, "--global_batch_size", "6", "--lr", "2e-2")
+    assert len(result.steps) == 6 and contents(result.run_dir, 9)["state.json"]["consumed_samples"] == 12 + 6 * 6
+    said = [line.split() for line in capfd.readouterr().err.splitlines()]
+    assert ["global_batch_size", "4", "6"] in [words[:3] for words in said]
+    assert ["lr", "0.01", "0.02"] in [words[:3] for words in said]
+
+
+def test_other_data_are_refused_unless_asked_for(sft, runs, tmp_path):
+    """--reset_data begins with their first row, once: the next resume, of the same command, goes on."""
+    rows = write_rows(tmp_path / "other.jsonl", 9)
+    flags = ("--lr_decay_iters", "9")
+    with pytest.raises(DataError, match="the training data are not those of") as error:
+        sft(*flags, "--train_iters", "9", "--load", str(runs["full"]), rows=rows)
+    assert "--reset_data true" in error.value.do and error.value.exit_code == 3
+    flags += ("--reset_data", "true")
+    first = sft(*flags, "--train_iters", "5", "--load", str(runs["full"]), rows=rows)
+    again = sft(*flags, "--train_iters", "6", "--load", str(first.run_dir), rows=rows)
+    assert contents(first.run_dir, 5)["state.json"]["consumed_samples"] == 8
+    assert contents(again.run_dir, 6)["state.json"]["consumed_samples"] == 12
+
+
+def test_load_auto_goes_on(sft, place):
+    """One command: starts anew, then goes on with the newest run, bit for bit; damage makes it fall back to an older run."""
+    flags = ("--load", "auto", "--model", str(place / "float32"), "--lr_decay_iters", "9")
+    first = sft(*flags, "--train_iters", "3")
+    second = sft(*flags, "--train_iters", "6")
+    iteration_folder(second.run_dir, 6).joinpath("state.json").write_text("{")
+    third = sft(*flags, "--train_iters", "9")
+    whole = go(
+        "--model",
+        str(place / "float32"),
+        "--dataset",
+        str(place / "rows.jsonl"),
+        "--save",
+        str(first.run_dir.parent / "whole"),
+        "--train_iters",
+        "9",
+        "--lr_decay_iters",
+        "9",
+    )
+    assert first.steps + second.steps == whole.steps[:6]
+    assert third.steps == whole.steps[3:]
+    assert differences(contents(whole.run_dir, 9), contents(third.run_dir, 9)) == []
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "state.json", "rng_00000.json", ".metadata"])

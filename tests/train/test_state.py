@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_swift.checkpoint.dcp import DcpFolder, MegatronWeights
+from megatron_swift.checkpoint.dcp import DcpFolder
 from megatron_swift.checkpoint.layout import tensor_specs
+from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.checkpoint.ranks import all_ranks
 from megatron_swift.parallel import mesh as meshes
 from megatron_swift.testing import make_tiny_model, run_ranks
@@ -142,7 +143,7 @@ def test_random_numbers_go_on(model, tmp_path):
     assert drawn[0] != drawn[1]
     assert run_ranks(_restore, 2, tmp_path) == drawn
     assert run_ranks(_restore, 1, tmp_path) == drawn[:1]
-    assert run_ranks(_try_rng, 3, tmp_path) == [f"{tmp_path} holds the random state of 2 ranks, not of 3"] * 3
+    assert run_ranks(_restore, 3, tmp_path) == [*drawn, drawn[0]]
 
 
 def _try_rng(rank, folder):

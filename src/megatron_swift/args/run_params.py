@@ -55,8 +55,13 @@ class CheckpointParams(Arguments):
     no_save_rng: bool = param(False, "Leave random-number states out of checkpoints.")
     load: str | None = param(
         None,
-        "Directory of the checkpoint to start from (it holds latest_checkpointed_iteration.txt).",
+        "Directory of the checkpoint to start from (it holds latest_checkpointed_iteration.txt). auto = the newest one below save, "
+        "or model where there is none yet: a job that is started again with the same command goes on.",
         aliases=("mcore_model",),
+    )
+    reset_data: bool = param(
+        False,
+        "Where the training data are not those of the checkpoint in load, go on with their first row instead of refusing.",
     )
     no_load_optim: bool = param(False, "Do not load the optimizer and schedule.")
     no_load_rng: bool = param(False, "Do not load random-number states.")

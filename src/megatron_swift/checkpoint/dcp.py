@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import shutil
@@ -236,6 +237,20 @@ def _stored_tensors(metadata: Any) -> dict[str, _Stored]:
     return found
 
 
+def _cut_tensors(metadata: Any, tensors: dict[str, _Stored]) -> dict[str, tuple[int, ...]]:
+    """Megatron-Core 0.11 notes the real shape of what it cut beside the metadata, under this name."""
+    notes = getattr(metadata, "mcore_data", None)
+    found = {}
+    for key, note in (notes if isinstance(notes, dict) else {}).items():
+        real = note.get("nd_reformulated_orig_global_shape") if isinstance(note, dict) else None
+        if real is not None and str(key) in tensors:
+            shape, grid = _ints(real), tensors[str(key)].shape[:-1]
+            if len(grid) != len(shape) or any(n < 1 or size % n for size, n in zip(shape, grid, strict=True)):
+                raise ValueError(f"{key} contradicts itself")
+            found[str(key)] = shape
+    return found
+
+
 def _ints(values: Sequence[int]) -> tuple[int, ...]:
     if not all(type(value) is int and value >= 0 for value in values):
         raise ValueError(f"{values!r} are no sizes")
@@ -243,12 +258,17 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
 
 
 class DcpFolder:
-    """A DCP folder, read by boxes, with no process group. `tensors` describes what is in it, by key."""
+    """A DCP folder, read by boxes, with no process group. `tensors` describes what is in it, by key.
+
+    cut : the real shapes of tensors that Megatron-Core 0.11 stores as a grid of flattened boxes (its optimizer state).
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            self.tensors = _stored_tensors(read_metadata(folder / ".metadata"))
+            metadata = read_metadata(folder / ".metadata")
+            self.tensors = _stored_tensors(metadata)
+            self.cut = _cut_tensors(metadata, self.tensors)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder} is not a torch_dist checkpoint: it has no .metadata",
@@ -264,13 +284,28 @@ class DcpFolder:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The global shape of a tensor."""
-        return self.tensors[key].shape
+        return self.cut.get(key, self.tensors[key].shape)
 
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """The box of `shape` at `offset`, in its stored dtype. Raises CheckpointError when the chunks on disk do not cover it."""
         out = torch.empty(shape, dtype=self._stored(key).dtype)
         self.fill(out, key, offset)
         return out
+
+    def _fill_from_grid(self, out: Tensor, key: str, offset: tuple[int, ...]) -> None:
+        """`fill` of a tensor that lies as a grid of flattened boxes, cell by cell."""
+        shape, grid = self.cut[key], self._stored(key).shape[:-1]
+        box = [size // n for size, n in zip(shape, grid, strict=True)]
+        ends = [o + n for o, n in zip(offset, out.shape, strict=True)]
+        cells = [range(o // b, -(-e // b)) for o, e, b in zip(offset, ends, box, strict=True)]
+        for cell in itertools.product(*cells):
+            flat = torch.empty((*(1 for _ in grid), math.prod(box)), dtype=self._stored(key).dtype)
+            self._fill(flat, key, (*cell, 0))
+            start = [c * b for c, b in zip(cell, box, strict=True)]
+            low = [max(a, b) for a, b in zip(offset, start, strict=True)]
+            high = [min(e, a + b) for e, a, b in zip(ends, start, box, strict=True)]
+            inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+            out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))] = flat.view(box)[inside]
 
     def _stored(self, key: str) -> _Stored:
         if key not in self.tensors:
@@ -279,6 +314,12 @@ class DcpFolder:
 
     def fill(self, out: Tensor, key: str, offset: tuple[int, ...]) -> None:
         """Read the box of out's shape at `offset` into it, cast to its dtype; straight from the file where it lies alike there."""
+        if key in self.cut:
+            self._fill_from_grid(out, key, offset)
+        else:
+            self._fill(out, key, offset)
+
+    def _fill(self, out: Tensor, key: str, offset: tuple[int, ...]) -> None:
         stored, covered = self._stored(key), 0
         for chunk in stored.chunks:
             low = [max(a, b) for a, b in zip(offset, chunk.offset, strict=True)]
@@ -319,59 +360,3 @@ class DcpFolder:
             raise CheckpointError(f"{path} is missing, but .metadata names it", do="use another checkpoint") from None
         except Exception as error:  # torch.load of damaged bytes raises nearly anything
             raise CheckpointError(f"{path} is damaged at {key}: {error}", do="use another checkpoint") from None
-
-
-class MegatronWeights:
-    """The weights of a Megatron-Core `iter_*` folder under our names."""
-
-    def __init__(self, folder: Path, specs: dict[str, TensorSpec], *, num_layers: int):
-        self.files, self.num_layers = DcpFolder(folder), num_layers
-        keys = {spec.megatron_key for spec in specs.values()}
-        missing = sorted(keys - self.files.tensors.keys())
-        extra = sorted(
-            k for k in self.files.tensors if k.startswith(("decoder.", "embedding.", "output_layer.")) and k not in keys
-        )
-        if missing or extra:
-            raise CheckpointError(
-                f"the weights in {folder} do not fit the model",
-                why=f"missing: {missing[:10]}; unexpected: {extra[:10]}",
-                do="give the model it was trained from",
-            )
-        for spec in specs.values():
-            self._check_shape(spec)
-
-    def _check_shape(self, spec: TensorSpec) -> None:
-        whole = spec.megatron_shape(self.num_layers)
-        if self.files.shape(spec.megatron_key) != whole:
-            raise CheckpointError(
-                f"{self.files.folder}: {spec.megatron_key} has shape {self.files.shape(spec.megatron_key)}, the model needs {whole}"
-            )
-
-    def read(
-        self,
-        spec: TensorSpec,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        columns: tuple[int, int] | None = None,
-        prefix: str = "",
-    ) -> Tensor:
-        """Rows [start, stop), columns [columns) of a parameter, or with a prefix of its optimizer state."""
-        stop = spec.shape[0] if stop is None else stop
-        width = spec.shape[1:] if columns is None else (columns[1] - columns[0],)
-        parts = [
-            self.files.read(prefix + spec.megatron_key, offset, size).reshape(last - first, *width)
-            for (first, last), offset, size in spec.megatron_boxes(start, stop, columns)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def read_into(
-        self, out: Tensor, spec: TensorSpec, start: int, *, columns: tuple[int, int] | None = None, prefix: str = ""
-    ) -> None:
-        """Like `read`, of as many rows as `out` has, into it."""
-        for (first, last), offset, size in spec.megatron_boxes(start, start + len(out), columns):
-            part = out[first - start : last - start]
-            if part.is_contiguous():
-                self.files.fill(part.view(size), prefix + spec.megatron_key, offset)
-            else:
-                part.copy_(self.files.read(prefix + spec.megatron_key, offset, size).reshape(part.shape))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
 from megatron_swift.checkpoint.background import Background
 from megatron_swift.checkpoint.companions import FOLDER
-from megatron_swift.checkpoint.dcp import MegatronWeights
 from megatron_swift.checkpoint.huggingface import write_hugging_face
 from megatron_swift.checkpoint.layout import TensorSpec
+from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.checkpoint.publish import candidates, clean_leftovers, keep_last, publish, writing
 from megatron_swift.checkpoint.ranks import Group, all_ranks, with_disks
 from megatron_swift.checkpoint.snapshot import Buffers, Snapshot
@@ -69,18 +70,20 @@ def _on_this_node(args: TrainArguments, first: Path) -> Path:
     return own / first.name if args.add_version else own
 
 
-def checkpoint_to_load(run: Path, folder: RunFolder) -> Path:
+def checkpoint_to_load(run: Path, folder: RunFolder, *, older: Sequence[Path] = ()) -> Path:
     """The checkpoint of a run to start from: the newest that is whole. Every rank calls it, and gets it on its own disk.
 
-    What a killed run has left half-done there is removed.
+    older : runs to fall back to. What a killed run has left half-done in any of them is removed.
     """
-    group = folder.group
-    names = group.gather([found.name for found in candidates(run)] if group.rank == 0 else [])[0]
+    group, runs = folder.group, (run, *older)
+    here = [os.path.relpath(found, run) for place in runs for found in candidates(place)] if group.rank == 0 else []
+    names = group.gather(here)[0]
     if not names:
         raise CheckpointError(f"--load {run} holds no checkpoint", do="give a folder that holds iter_* folders")
-    if group.leads and not (folder.path.exists() and run.exists() and run.samefile(folder.path)):
-        clean_leftovers(run)
-    return first_whole([run / name for name in names], group)
+    for place in runs if group.leads else ():
+        if not (folder.path.exists() and place.exists() and place.samefile(folder.path)):
+            clean_leftovers(place)
+    return first_whole([Path(os.path.normpath(run / name)) for name in names], group)
 
 
 @dataclass

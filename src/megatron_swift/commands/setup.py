@@ -18,6 +18,7 @@ from megatron_swift.args.commands import DataShowArguments, TrainArguments
 from megatron_swift.args.inherit import inherit
 from megatron_swift.args.model_params import layer_freq
 from megatron_swift.args.moe_rules import Experts, check_experts
+from megatron_swift.args.resume_rules import find_auto
 from megatron_swift.args.rules import (
     Shape,
     check_layout,
@@ -77,6 +78,7 @@ class RunSetup:
 
     model_dir : the folder with config.json and tokenizer.  dtype : "float32", "bfloat16" or "float16", of weights and compute.
     data      : the prepared data's folder.  load : the Megatron folder to start from, None for the weights in model_dir.
+    older     : with --load auto, the runs before that one, should none of its checkpoints be whole.
     run_dir   : where the run writes; None on nodes other than the first, which are told by rank 0.
     """
 
@@ -92,6 +94,7 @@ class RunSetup:
     train_iters: int
     dp_size: int
     load: Path | None
+    older: tuple[Path, ...]
     run_dir: Path | None
 
 
@@ -105,6 +108,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
 
     Raises the SwiftError of whatever is wrong; nothing has been started then.
     """
+    args, older = find_auto(args)
     inherited = inherit(args)
     inherited.announce()
     args = inherited.args
@@ -145,6 +149,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         train_iters=iters,
         dp_size=dp_size,
         load=load,
+        older=older,
         run_dir=run_dir,
     )
     if run_dir is not None:

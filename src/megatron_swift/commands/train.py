@@ -14,12 +14,13 @@ import torch
 
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
-from megatron_swift.checkpoint.dcp import MegatronWeights
 from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
 from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
+from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import TORCH_DTYPES
 from megatron_swift.commands.engine_options import engine_options, sizes
+from megatron_swift.commands.resuming import resumed_state, run_settings
 from megatron_swift.commands.saving import RunFolder, checkpoint_to_load, run_folder, saving
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.data.cache import PackedRows
@@ -40,12 +41,10 @@ from megatron_swift.train.state import (
     load_rng,
     load_training_weights,
     load_weights,
-    read_state,
     take_snapshot,
 )
 from megatron_swift.train.trackers import TrackerOptions
 from megatron_swift.utils.errors import CheckpointError, Stopped, UsageError
-from megatron_swift.utils.log import get_logger
 from megatron_swift.utils.stop import SIGNALS, StopRequest, listening
 
 
@@ -82,7 +81,6 @@ def _train(setup: RunSetup, folder: RunFolder, mesh: Mesh, request: StopRequest,
     parts = _build(setup, folder, mesh)
     marks.append(("model and weights", time.time()))
     prepared = open_prepared(setup.data)
-    _check_data(parts, prepared.folder.name)
     steps = _train_batches(parts, prepared.train)
     outputs = _outputs(setup, folder.path, mesh) if mesh.rank == 0 else None
     if mesh.rank == 0:
@@ -110,7 +108,7 @@ def _train(setup: RunSetup, folder: RunFolder, mesh: Mesh, request: StopRequest,
         folder.group.gather(None)  # torchrun ends all ranks once one has gone
         raise Stopped(
             f"{stop} at iteration {parts.state.iteration}, which is saved in {folder.path}",
-            do=f"go on with the same command and --load {folder.path}",
+            do=f"go on with the same command and --load {folder.path} (or --load auto, which stays right)",
         )
 
 
@@ -151,17 +149,18 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
         momentum=args.sgd_momentum,
     )
     loss_scale, state = LossScale.for_dtype(setup.dtype), TrainState()
+    _agree_on_start(setup, folder)
     if setup.load is None:
         load_weights(engine.shards, specs, HuggingFaceWeights(setup.model_dir, cfg))
         optimizer = Optimizer(engine.shards, decay)
     else:
-        checkpoint = checkpoint_to_load(setup.load, folder)
+        checkpoint = checkpoint_to_load(setup.load, folder, older=setup.older)
         source = MegatronWeights(checkpoint, specs, num_layers=cfg.num_layers)
         if args.finetune:
             load_training_weights(engine.shards, specs, source)
             optimizer = Optimizer(engine.shards, decay)
         else:
-            state = _resumed(checkpoint, args)
+            state = resumed_state(setup, checkpoint, ranks=mesh.world_size, speaks=mesh.rank == 0)
             load_training_weights(engine.shards, specs, source)
             optimizer = Optimizer(engine.shards, decay)
             if not args.no_load_optim:
@@ -169,49 +168,19 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
                 loss_scale.restore(state.loss_scale)
             if not args.no_load_rng:
                 folder.group.together(checkpoint, lambda: load_rng(checkpoint, mesh))
+    state.data, state.settings = setup.data.name, run_settings(setup, ranks=mesh.world_size)
     return _Run(setup, folder, mesh, engine, optimizer, specs, loss_scale, state)
 
 
-def _resumed(folder: Path, args: TrainArguments) -> TrainState:
-    """The state to go on from. A converted checkpoint has none: then both kinds of state must have been declined."""
-    try:
-        state = read_state(folder)
-    except CheckpointError as error:
-        if args.no_load_optim and args.no_load_rng and "weights only" in error.what:
-            return TrainState()
-        raise
-    return state
-
-
-def _check_data(parts: _Run, fingerprint: str) -> None:
-    """Say so when a resumed run meets other data or another batch size: its position then means other rows."""
-    state, args = parts.state, parts.setup.args
-    settings: dict[str, object] = {
-        "global_batch_size": args.global_batch_size,
-        "seed": args.seed,
-        "lr": args.lr,
-        "min_lr": args.min_lr,
-    }
-    if state.iteration:
-        changed: dict[str, tuple[object, object]] = {
-            k: (state.settings[k], v) for k, v in settings.items() if k in state.settings and state.settings[k] != v
-        }
-        if state.data and state.data != fingerprint:
-            changed["training data"] = (state.data, fingerprint)
-        for key, (old, new) in changed.items():
-            get_logger().warning("resuming with another %s: %s then, %s now", key, old, new)
-        if state.consumed_samples % args.global_batch_size:
-            raise UsageError(
-                f"--global_batch_size {args.global_batch_size} does not divide the {state.consumed_samples} samples consumed so far",
-                do=f"resume with the checkpoint's --global_batch_size {state.settings.get('global_batch_size')}",
-            )
-        if state.iteration >= parts.setup.train_iters:
-            raise UsageError(
-                f"the checkpoint stands at iteration {state.iteration} already, --train_iters is {parts.setup.train_iters}",
-                do="raise --train_iters, or give --finetune true to start anew from its weights",
-            )
-    state.data = fingerprint
-    state.settings = settings
+def _agree_on_start(setup: RunSetup, folder: RunFolder) -> None:
+    """--load auto looks on each machine's own disk; all must have found a checkpoint, or none."""
+    found = [load is not None for load in folder.group.gather(setup.load)]
+    if any(found) and not all(found):
+        raise CheckpointError(
+            f"ranks {[rank for rank, here in enumerate(found) if not here]} see no checkpoint to start from, the others do",
+            why="--save lies on several disks",
+            do="copy the checkpoints to every machine, as docs/checkpoints.md says",
+        )
 
 
 def _train_batches(parts: _Run, rows: PackedRows) -> TrainLoader:

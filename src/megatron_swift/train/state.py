@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_swift.checkpoint.dcp import MegatronWeights, Piece, pieces_of
+from megatron_swift.checkpoint.dcp import Piece, pieces_of
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.checkpoint.megatron_common import COMMON, common_file, extra_states
+from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import WeightSource
 from megatron_swift.models.config import ModelConfig
@@ -196,12 +197,14 @@ def _rng_state() -> dict[str, Any]:
 
 
 def load_rng(folder: Path, mesh: Mesh) -> None:
-    """Restore this rank's random number generators. Raises CheckpointError on every rank when the checkpoint has none for one of them."""
+    """Restore this rank's random number generators. Raises CheckpointError where the checkpoint has none.
+
+    A rank beyond those that wrote it takes the state of rank modulo their number, as all ranks begin from one seed.
+    """
     saved = len(list(folder.glob("rng_*.json")))
-    if saved < mesh.world_size:
-        found = f"the random state of {saved} ranks, not of {mesh.world_size}" if saved else "no random state"
-        raise CheckpointError(f"{folder} holds {found}", do="give --no_load_rng true")
-    path = folder / _rng_file(mesh.rank)
+    if not saved:
+        raise CheckpointError(f"{folder} holds no random state", do="give --no_load_rng true")
+    path = folder / _rng_file(mesh.rank % saved)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         version, internal, gauss = value["python"]
@@ -211,7 +214,7 @@ def load_rng(folder: Path, mesh: Mesh) -> None:
         torch.set_rng_state(_tensor(value["torch"]))
         if torch.cuda.is_available() and "cuda" in value:
             torch.cuda.set_rng_state(_tensor(value["cuda"]))
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}", do="use another checkpoint") from None
 
 

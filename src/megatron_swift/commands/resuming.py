@@ -1,0 +1,70 @@
+"""Going on from a checkpoint: what differs from its run is shown as a table, and refused where training would go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_swift.args.resume_rules import changes, other_data, refusal, settings_of, table
+from megatron_swift.commands.setup import RunSetup
+from megatron_swift.train.state import TrainState, read_state
+from megatron_swift.utils.errors import CheckpointError, UsageError
+from megatron_swift.utils.log import get_logger
+
+
+def run_settings(setup: RunSetup, *, ranks: int) -> dict[str, Any]:
+    """What this run records in its checkpoints."""
+    model = dataclasses.asdict(setup.model)
+    model.pop("dtype")  # of the weights it once began with; the run's own is recorded
+    return settings_of(
+        setup.args,
+        template=setup.template,
+        dtype=setup.dtype,
+        train_iters=setup.train_iters,
+        ranks=ranks,
+        model=model,
+    )
+
+
+def resumed_state(setup: RunSetup, folder: Path, *, ranks: int, speaks: bool) -> TrainState:
+    """The state to go on from. Raises the SwiftError of what must not go on, the same on all ranks.
+
+    speaks : whether this rank logs the table of what differs.
+    """
+    args = setup.args
+    try:
+        state = read_state(folder)
+    except CheckpointError as error:
+        # A converted checkpoint has no state: then both kinds of it must have been declined.
+        if args.no_load_optim and args.no_load_rng and "weights only" in error.what:
+            return TrainState()
+        raise
+    if not state.iteration:
+        return state
+    found = changes(state.settings, run_settings(setup, ranks=ranks), data=(state.data, setup.data.name))
+    if found and speaks:
+        get_logger().warning("resuming %s, this command differs from its run:\n%s", folder, table(found))
+    refused = refusal(found, folder=folder, reset_data=args.reset_data)
+    if refused is not None:
+        raise refused
+    if other_data(found):
+        if speaks:
+            get_logger().warning("--reset_data: going on with the first row of the new data")
+        state.consumed_samples = 0
+    _check_position(setup, state)
+    return state
+
+
+def _check_position(setup: RunSetup, state: TrainState) -> None:
+    size = setup.args.global_batch_size
+    if state.consumed_samples % size:
+        raise UsageError(
+            f"--global_batch_size {size} does not divide the {state.consumed_samples} samples consumed so far",
+            do=f"resume with the checkpoint's --global_batch_size {state.settings.get('global_batch_size')}",
+        )
+    if state.iteration >= setup.train_iters:
+        raise UsageError(
+            f"the checkpoint stands at iteration {state.iteration} already, --train_iters is {setup.train_iters}",
+            do="raise --train_iters, or give --finetune true to start anew from its weights",
+        )
