@@ -155,14 +155,12 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
         optimizer = Optimizer(engine.shards, decay)
     else:
         checkpoint = checkpoint_to_load(setup.load, folder, older=setup.older)
-        source = MegatronWeights(checkpoint, specs, num_layers=cfg.num_layers)
-        if args.finetune:
-            load_training_weights(engine.shards, specs, source)
-            optimizer = Optimizer(engine.shards, decay)
-        else:
+        if not args.finetune:  # before the tensors are looked at: it says more than that their shapes differ
             state = resumed_state(setup, checkpoint, ranks=mesh.world_size, speaks=mesh.rank == 0)
-            load_training_weights(engine.shards, specs, source)
-            optimizer = Optimizer(engine.shards, decay)
+        source = MegatronWeights(checkpoint, specs, num_layers=cfg.num_layers)
+        load_training_weights(engine.shards, specs, source)
+        optimizer = Optimizer(engine.shards, decay)
+        if not args.finetune:
             if not args.no_load_optim:
                 load_optimizer(optimizer, specs, source, state)
                 loss_scale.restore(state.loss_scale)
