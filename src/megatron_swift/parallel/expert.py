@@ -8,6 +8,7 @@ rank must hold other tokens: with tensor parallelism that takes sequence paralle
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,6 +147,26 @@ def _by_gathering(ep: Axis, everyone: Axis) -> Dispatch:
         chosen = gather_uneven(chosen, sizes, group) - ep.rank * experts.number
         here = (chosen >= 0) & (chosen < experts.number)
         sent = permute(tokens, chosen, num_experts=experts.number, kept=here)
-        return ScatterUneven.apply(sent.combine(experts(sent.x, sent.counts), probs), sizes, group)  # type: ignore[no-any-return]
+        out = ScatterUneven.apply(sent.combine(experts(sent.x, sent.counts), probs), sizes, group)
+        return _Reached.apply(out)  # type: ignore[no-any-return]
 
     return dispatch
+
+
+class _Reached(torch.autograd.Function):
+    """x unchanged: where recomputation begins, and how far it goes at least, on every rank alike.
+
+    torch's checkpoint computes a layer again when its backward pass first asks for something saved, and stops when it has again all that
+    was. After the last collective only ranks that hold padding save something (where real tokens lie): they alone would start before
+    that collective's backward and go beyond it, while the others wait for them in another one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.new_empty(0))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        _ = ctx.saved_tensors  # recomputes, where that is on
+        return grad
