@@ -27,7 +27,7 @@ class Diary(TorchDispatchMode):
         self.lines = []
         for number, layer in enumerate(layers):
             layer.self_attention.linear_qkv.register_forward_pre_hook(self.forward_of(number))
-            layer.mlp.linear_fc2.register_forward_hook(self.backward_of(number))
+            layer.mlp.register_forward_hook(self.backward_of(number))
 
     def forward_of(self, number):
         return lambda module, args: self.lines.append(f"forward {number}")
