@@ -29,6 +29,7 @@ TRAINING = (
     "commands/train.py",
     "commands/engine_options.py",
     "commands/saving.py",
+    "commands/resuming.py",
     "commands/run_folder.py",
     *SHARED,
 )

@@ -129,7 +129,7 @@ def test_run_folder(trained):
     folder, _ = trained
     assert re.fullmatch(r"v0-\d{8}-\d{6}", folder.name)
     assert {path.name for path in folder.iterdir()} == {
-        *("args.json", "data_report.json", "huggingface", "images", "iter_0000006", "iter_0000012"),
+        *(".writer", "args.json", "data_report.json", "huggingface", "images", "iter_0000006", "iter_0000012"),
         *("latest_checkpointed_iteration.txt", "logging.jsonl", "runs", "val_dataset.jsonl"),
     }
     assert published(folder) == [6, 12] and (folder / "latest_checkpointed_iteration.txt").read_text() == "12"
