@@ -13,8 +13,10 @@ from runs import contents, differences, go, set_up, write_rows
 from safetensors.torch import load_file
 
 from megatron_swift.args.commands import ExportArguments, InferArguments, parse
+from megatron_swift.checkpoint.huggingface import HuggingFaceWeights, write_hugging_face
 from megatron_swift.checkpoint.publish import iteration_folder
 from megatron_swift.commands import export, infer
+from megatron_swift.models.families import describe
 from megatron_swift.testing import make_tiny_model
 from megatron_swift.utils.errors import UsageError
 
@@ -163,15 +165,29 @@ def weights(folder):
     return {name: (t.dtype, t.shape, t.view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral"])
-def test_export_there_and_back(place, family, tmp_path, monkeypatch):
+def test_export_there_and_back(place, family, stacked, tmp_path, monkeypatch):
+    """Bit for bit, with a tensor per expert or one for all."""
     monkeypatch.chdir(tmp_path)
     source = place / family
+    if stacked:
+        plain, cfg, source = source, config_of(place / family), tmp_path / "stacked"
+        source.mkdir()
+        weights_of = HuggingFaceWeights(plain, cfg)
+        write_hugging_face(
+            weights_of, cfg, source, like=plain, dtype=cfg.dtype, max_shard_size=1 << 40, stacked_experts=True
+        )
     export.run(parse(ExportArguments, ["--model", str(source), "--to_mcore", "true", "--output_dir", "mcore"]))
     export.run(parse(ExportArguments, ["--mcore_model", "mcore", "--to_hf", "true", "--output_dir", "hf"]))
     assert weights(tmp_path / "hf") == weights(source)
     others = {path.name for path in source.iterdir()} - {"model.safetensors"}
     assert {n: (tmp_path / "hf" / n).read_bytes() for n in others} == {n: (source / n).read_bytes() for n in others}
+
+
+def config_of(folder):
+    """The configuration of a folder."""
+    return describe(folder, model_type=None, template="chatml", chat_template=None).config
 
 
 def by_transformers(folder, prompts: list[str], tokens: int) -> list[str]:
