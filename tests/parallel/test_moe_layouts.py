@@ -147,7 +147,11 @@ def by_hand_sparse(folder: Path, dtype: torch.dtype, steps, options: RouterOptio
     return result
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda m: m[0])
+# The second model runs in `make test-slow`: with both, the ordinary run would come near the time that it may take.
+BOTH = [pytest.param(MODELS[0], id=MODELS[0][0]), pytest.param(MODELS[1], id=MODELS[1][0], marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=BOTH)
 def folder(request, tmp_path_factory):
     family, config = request.param
     return make_tiny_model(
