@@ -288,6 +288,7 @@ def _say_start(parts: _Run, started: float | None, marks: list[tuple[str, float]
     )
     for name, reason in kernels.items():
         print(f"{name:14s} {reason}")
+    print(f"{'optimizer':14s} {parts.optimizer.kernel}")
     if parts.state.iteration:
         print(f"{'resumed':14s} at iteration {parts.state.iteration}, {parts.state.consumed_samples} samples consumed")
     if started is not None:
