@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_weights import config, pieces_of_rank, random_weights, rows_of_rank
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_swift.checkpoint.dcp import METADATA_JSON, DcpFolder, lazy_piece, pieces_of, save_pieces
+from megatron_swift.checkpoint.dcp import METADATA_JSON, DcpFolder, Piece, pieces_of, save_pieces
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.testing import run_ranks
@@ -96,13 +96,20 @@ def test_any_box(written, data):
     assert torch.equal(box, stacked[key].to(dtype)[tuple(slice(*ends) for ends in zip(low, high, strict=True))])
 
 
+def lazy_piece(spec, read):
+    """A whole parameter of float32, fetched when it is written."""
+    ((_, offset, size),) = spec.megatron_boxes(0, spec.shape[0])
+    shape = spec.megatron_shape(CFG.num_layers)
+    return Piece(spec.megatron_key, lambda: read().reshape(size), torch.float32, size, offset, shape)
+
+
 def test_lazy_pieces_are_read_one_at_a_time(tmp_path, recwarn):
     asked = []
 
     def reader(name):
         return lambda: asked.append(name) or WEIGHTS[name]
 
-    pieces = [lazy_piece(s, reader(n), torch.float32, num_layers=CFG.num_layers) for n, s in SPECS.items()]
+    pieces = [lazy_piece(s, reader(n)) for n, s in SPECS.items()]
     assert not asked
     save_pieces(tmp_path, pieces, distributed=False, threads=3)
     assert sorted(asked) == sorted(SPECS)
@@ -120,9 +127,7 @@ def test_what_a_piece_raises_comes_out(tmp_path, error):
         raise error
 
     with pytest.raises(type(error), match=str(error.args[-1]) or "full"):
-        save_pieces(
-            tmp_path, [lazy_piece(SPECS["output_layer.weight"], fail, torch.float32, num_layers=3)], distributed=False
-        )
+        save_pieces(tmp_path, [lazy_piece(SPECS["output_layer.weight"], fail)], distributed=False)
 
 
 # What does not fit

@@ -88,14 +88,6 @@ def pieces_of(
     ]
 
 
-def lazy_piece(spec: TensorSpec, read: Callable[[], Tensor], dtype: torch.dtype, *, num_layers: int) -> Piece:
-    """The piece of a whole parameter that `read` fetches when it is written, in `dtype`."""
-    (_, offset, size), *rest = spec.megatron_boxes(0, spec.shape[0])
-    assert not rest
-    shape = spec.megatron_shape(num_layers)
-    return Piece(spec.megatron_key, lambda: read().reshape(size), dtype, size, offset, shape)
-
-
 class _SavePieces(DefaultSavePlanner):
     """Plans exactly the pieces it is given. Each box must come from one rank only."""
 

@@ -31,7 +31,7 @@ from megatron_swift.utils.errors import CheckpointError, StorageError
 _REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq$")
 _TIED_COPY = "lm_head.weight"
 _STACKED = ".experts.gate_up_proj"
-_ROWS_BYTES = 1 << 23  # of a tensor in memory at a time; larger reads are not measurably faster
+_ROWS_BYTES = 1 << 23  # of a tensor in memory at a time
 
 
 class HuggingFaceWeights:

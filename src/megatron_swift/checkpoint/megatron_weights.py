@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -66,11 +65,6 @@ class MegatronWeights:
     def has(self, prefix: str) -> bool:
         """Whether every parameter has a tensor behind the prefix."""
         return all(self.key(spec, prefix) in self.files for spec in self.specs.values())
-
-    def dtypes(self, specs: Sequence[TensorSpec], prefix: str) -> dict[str, torch.dtype]:
-        """The stored types of some parameters' tensors behind a prefix, by their keys; those that are not there are left out."""
-        keys = [self.key(spec, prefix) for spec in specs]
-        return {key: self.files.tensors[key].dtype for key in keys if key in self.files}
 
     def read(
         self,

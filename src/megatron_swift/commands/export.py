@@ -1,4 +1,7 @@
-"""`swift export` and `megatron export`: a Hugging Face folder to a Megatron checkpoint, and back, a few rows in memory at a time."""
+"""`swift export` and `megatron export`: a Hugging Face folder to a Megatron checkpoint, and back.
+
+To Hugging Face a few rows are in memory at a time; to Megatron a matrix (of experts one expert's) per writing thread.
+"""
 
 from __future__ import annotations
 

@@ -8,16 +8,13 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
-from megatron_swift.kernels.attention import AttentionCore, Segments
+from megatron_swift.kernels.attention import SDPA_KERNELS, AttentionCore, Segments
 from megatron_swift.models.decoder import Decoder
 from megatron_swift.models.layers import Attention
 
 _SPARE = 128  # tokens of room when the buffers are made; they grow by half when it is used up
-
-# Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and here each step has one.
-_STEP_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class LayerCache:
@@ -146,7 +143,7 @@ class CachedDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to each sequence: tokens int64 [batch]."""
         self.batch.advance()
-        with sdpa_kernel(_STEP_KERNELS):
+        with sdpa_kernel(SDPA_KERNELS):  # each step has a new length
             return self._logits(tokens, None)
 
     @torch.inference_mode()

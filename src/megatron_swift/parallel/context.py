@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.kernels.block_attention import Blocks, attend, attend_backward, merge
-from megatron_swift.parallel.collectives import all_gather, reduce_scatter
+from megatron_swift.parallel.collectives import AllToAll, all_gather, reduce_scatter
 from megatron_swift.parallel.mesh import Axis
 
 KINDS = ("all_gather", "p2p", "a2a")
@@ -281,24 +281,14 @@ class _Exchange:
         """[T / cp, heads, d] -> [T, heads / cp, d], rank by rank."""
         tokens, heads, d = x.shape
         parts = x.view(tokens, self.axis.size, heads // self.axis.size, d).transpose(0, 1)
-        return _AllToAll.apply(parts, self.axis.group).reshape(-1, heads // self.axis.size, d)  # type: ignore[no-any-return]
+        return self._exchanged(parts).reshape(-1, heads // self.axis.size, d)  # type: ignore[no-any-return]
 
     def _to_tokens(self, x: Tensor) -> Tensor:
         total, heads, d = x.shape
-        parts = _AllToAll.apply(x.view(self.axis.size, total // self.axis.size, heads, d), self.axis.group)
+        parts = self._exchanged(x.view(self.axis.size, total // self.axis.size, heads, d))
         return parts.transpose(0, 1).reshape(total // self.axis.size, -1, d)  # type: ignore[no-any-return]
 
-
-class _AllToAll(torch.autograd.Function):
-    """[size, ...]: part i goes to rank i; its own transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _AllToAll.apply(grad, ctx.group), None
+    def _exchanged(self, parts: Tensor) -> Tensor:
+        """[size, ...]: part i goes to rank i."""
+        ones = [1] * self.axis.size
+        return AllToAll.apply(parts, ones, ones, self.axis.group)  # type: ignore[no-any-return]

@@ -140,9 +140,9 @@ def _by_gathering(ep: Axis, everyone: Axis) -> Dispatch:
 
     def dispatch(x: Tensor, choice: Choice, experts: Experts) -> Tensor:
         sizes = all_gather(torch.tensor([len(x)], device=x.device), group).tolist()
-        chosen = (
-            choice.experts if choice.kept is None else choice.experts.masked_fill(~choice.kept, -1)
-        )  # below every rank's range
+        chosen = choice.experts
+        if choice.kept is not None:
+            chosen = chosen.masked_fill(~choice.kept, -1)  # below every rank's range
         tokens, probs = (GatherUneven.apply(t, sizes, group) for t in (x, choice.probs))
         chosen = gather_uneven(chosen, sizes, group) - ep.rank * experts.number
         here = (chosen >= 0) & (chosen < experts.number)

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_swift.checkpoint.dcp import Piece, pieces_of
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.checkpoint.megatron_common import COMMON, common_file, extra_states
-from megatron_swift.checkpoint.megatron_weights import MegatronWeights
+from megatron_swift.checkpoint.megatron_weights import MASTER, MegatronWeights
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import WeightSource
 from megatron_swift.models.config import ModelConfig
@@ -27,7 +27,6 @@ from megatron_swift.train.optim import Optimizer
 from megatron_swift.utils.errors import CheckpointError
 
 STATE_FILE = "state.json"
-_MASTER = "optimizer.state.fp32_param."
 
 
 @dataclass
@@ -67,7 +66,7 @@ def pieces(
         kinds = [(shard.master.detach(), "", dtype)]
         if optimizer is not None:
             if shard.master.dtype != dtype:
-                kinds.append((shard.master.detach(), _MASTER, shard.master.dtype))
+                kinds.append((shard.master.detach(), MASTER, shard.master.dtype))
             kinds += [(optimizer.state(shard, n), f"optimizer.state.{n}.", shard.master.dtype) for n in optimizer.names]
         for box in shard.boxes:
             if box.owned:
@@ -128,9 +127,9 @@ def read_state(folder: Path) -> TrainState:
 
 def load_training_weights(shards: Shards, specs: dict[str, TensorSpec], source: MegatronWeights) -> None:
     """Like `load_weights`, from the float32 masters of a checkpoint where it has them."""
-    masters = all(_MASTER + spec.megatron_key in source.files for spec in specs.values())
+    prefix = MASTER if source.has(MASTER) else ""
     for shard in shards:
-        _load(shard.master, shard, specs[shard.name], source, _MASTER if masters else "")
+        _load(shard.master, shard, specs[shard.name], source, prefix)
     shards.push()
 
 
@@ -163,11 +162,12 @@ def load_optimizer(
 def _check_dtypes(optimizer: Optimizer, specs: dict[str, TensorSpec], source: MegatronWeights) -> None:
     """State of another precision would be cast in silence, and training would go on from other numbers."""
     stored = source.files.tensors
-    ((usual, _),) = Counter(stored[spec.megatron_key].dtype for spec in specs.values()).most_common(1)
-    odd = [spec.megatron_key for spec in specs.values() if stored[spec.megatron_key].dtype != usual]
+    weights = [source.key(spec) for spec in specs.values()]
+    ((usual, _),) = Counter(stored[key].dtype for key in weights).most_common(1)
+    odd = [key for key in weights if stored[key].dtype != usual]
     for shard in optimizer.shards:
-        keys = [f"optimizer.state.{name}.{specs[shard.name].megatron_key}" for name in optimizer.names]
-        keys.append(_MASTER + specs[shard.name].megatron_key)
+        prefixes = [*(f"optimizer.state.{name}." for name in optimizer.names), MASTER]
+        keys = [source.key(specs[shard.name], prefix) for prefix in prefixes]
         odd += [key for key in keys if key in stored and stored[key].dtype != shard.master.dtype]
     if odd:
         raise CheckpointError(
