@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_swift.checkpoint.chunks import long_axis, read_rows
+from megatron_swift.checkpoint.chunks import read_rows
+from megatron_swift.checkpoint.stored import long_axis
 
 
 def saved(value: object, *, checksums: bool = True) -> bytes:

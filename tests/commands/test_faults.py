@@ -311,7 +311,10 @@ class _Canary:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("file", [".metadata", "common.pt", "rng_00000.json", "state.json", "metadata.json", MANIFEST])
+@pytest.mark.parametrize(
+    "file",
+    [".metadata", "optimizer/.metadata", "common.pt", "rng_00000.json", "state.json", "metadata.json", MANIFEST],
+)
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "foreign"])
 def test_no_pickle_runs(world, finished, tmp_path, file, ours):
     """Whatever file of a checkpoint is one, and whether there is a manifest that vouches for it or none at all."""
@@ -322,7 +325,8 @@ def test_no_pickle_runs(world, finished, tmp_path, file, ours):
     if file != MANIFEST:
         (folder / MANIFEST).unlink()
         if ours:
-            write_manifest(folder, {path.name: sum_file(path) for path in folder.iterdir()})
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            write_manifest(folder, {str(path.relative_to(folder)): sum_file(path) for path in files})
         else:
             (folder / "state.json").unlink(missing_ok=True)
     more = ("--finetune", "true") if not ours else ()

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_swift.checkpoint.stored import long_axis
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, lengths of the name and of the extra field
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -99,11 +101,6 @@ def read_rows(
     row = math.prod(size[axis + 1 :]) * dtype.itemsize
     _fill(part, record.start + rows[0] * row, out)
     return out
-
-
-def long_axis(size: tuple[int, ...]) -> int:
-    """The first dim that is longer than 1: before it, all rows lie one behind the other."""
-    return next((axis for axis, length in enumerate(size) if length > 1), max(len(size) - 1, 0))
 
 
 def _fill(part: _Part, start: int, out: Tensor) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,12 +34,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_swift.checkpoint.chunks import long_axis, read_rows
+from megatron_swift.checkpoint.chunks import read_rows
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.checkpoint.manifest import Entry, SummedFiles, write_file
 from megatron_swift.checkpoint.safe_pickle import read_metadata
+from megatron_swift.checkpoint.stored import Chunk, Stored, StoredTensors
 from megatron_swift.utils.errors import CheckpointError, StorageError
 
+OPTIMIZER = (
+    "optimizer"  # the folder, in a checkpoint, with a torch_dist folder of the state that Megatron has no names for
+)
+OPTIMIZER_KEYS = f"{OPTIMIZER}."
+_CHAINED = re.compile(r"^chained_\d+\.(?=optimizer\.)")
 METADATA_JSON = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -190,31 +196,45 @@ def _cause(error: CheckpointException, folder: Path) -> BaseException:
     )
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A box of a tensor that lies in bytes [start, start + length) of a file."""
+class DcpFolder(StoredTensors):
+    """A DCP folder, read with no process group, with the optimizer's state that lies in a folder of its own in it."""
 
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor as `.metadata` describes it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[_Chunk, ...]
+    def __init__(self, folder: Path):
+        super().__init__(folder, *_described(folder))
+        inner = folder / OPTIMIZER
+        if (inner / ".metadata").is_file():
+            tensors, _ = _described(inner)
+            self.tensors |= {key: stored for key, stored in tensors.items() if key.startswith(OPTIMIZER_KEYS)}
 
 
-def _stored_tensors(metadata: Any) -> dict[str, _Stored]:
+def _described(folder: Path) -> tuple[dict[str, Stored], dict[str, tuple[int, ...]]]:
+    """The tensors of a folder, and those of them that are cut into grids."""
+    try:
+        metadata = read_metadata(folder / ".metadata")
+        tensors = _stored_tensors(metadata, folder)
+        return tensors, _cut_tensors(metadata, tensors)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is not a torch_dist checkpoint: it has no .metadata",
+            do="give a folder that holds iter_* folders",
+        ) from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise CheckpointError(
+            f"{folder / '.metadata'} cannot be read: {error!r}", do="the file is damaged; use another checkpoint"
+        ) from None
+
+
+def _name(key: Any) -> str:
+    """Megatron-Core 0.11 numbers the optimizers of a mixture of experts, which hold different parameters."""
+    return _CHAINED.sub("", str(key))
+
+
+def _stored_tensors(metadata: Any, folder: Path) -> dict[str, Stored]:
     """The tensors of a `.metadata` as plain values. Raises nearly anything where it is damaged or forged."""
     found = {}
     places = {(index.fqn, index.offset): place for index, place in metadata.storage_data.items()}
     for key, value in metadata.state_dict_metadata.items():
+        name = _name(key)
         if type(value).__name__ != TensorStorageMetadata.__name__:
             continue
         shape, dtype, chunks = _ints(value.size), value.properties.dtype, []
@@ -224,22 +244,23 @@ def _stored_tensors(metadata: Any) -> dict[str, _Stored]:
             start, length = _ints((info.offset, info.length))
             if len(offset) != len(shape) or len(size) != len(shape) or not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{key} contradicts itself")
-            chunks.append(_Chunk(offset, size, str(info.relative_path), start, length))
-        found[str(key)] = _Stored(shape, dtype, tuple(chunks))
+            record = _Record(name, folder, str(info.relative_path), start, length, dtype, size)
+            chunks.append(Chunk(offset, size, record.read))
+        found[name] = Stored(shape, dtype, tuple(chunks))
     return found
 
 
-def _cut_tensors(metadata: Any, tensors: dict[str, _Stored]) -> dict[str, tuple[int, ...]]:
+def _cut_tensors(metadata: Any, tensors: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
     """Megatron-Core 0.11 notes the real shape of what it cut beside the metadata, under this name."""
     notes = getattr(metadata, "mcore_data", None)
     found = {}
     for key, note in (notes if isinstance(notes, dict) else {}).items():
-        real = note.get("nd_reformulated_orig_global_shape") if isinstance(note, dict) else None
-        if real is not None and str(key) in tensors:
-            shape, grid = _ints(real), tensors[str(key)].shape[:-1]
+        real, name = note.get("nd_reformulated_orig_global_shape") if isinstance(note, dict) else None, _name(key)
+        if real is not None and name in tensors:
+            shape, grid = _ints(real), tensors[name].shape[:-1]
             if len(grid) != len(shape) or any(n < 1 or size % n for size, n in zip(shape, grid, strict=True)):
                 raise ValueError(f"{key} contradicts itself")
-            found[str(key)] = shape
+            found[name] = shape
     return found
 
 
@@ -249,106 +270,30 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
-class DcpFolder:
-    """A DCP folder, read by boxes, with no process group. `tensors` describes what is in it, by key.
+@dataclass(frozen=True)
+class _Record:
+    """A box of tensor `key` that lies in bytes [start, start + length) of a file."""
 
-    cut : the real shapes of tensors that Megatron-Core 0.11 stores as a grid of flattened boxes (its optimizer state).
-    """
+    key: str
+    folder: Path
+    file: str
+    start: int
+    length: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            metadata = read_metadata(folder / ".metadata")
-            self.tensors = _stored_tensors(metadata)
-            self.cut = _cut_tensors(metadata, self.tensors)
-        except FileNotFoundError:
+    def read(self, rows: tuple[int, int], out: Tensor | None) -> Tensor:
+        """Some rows, along the first dim that is longer than 1; in `out`, if it is given."""
+        if Path(self.file).name != self.file or self.file in ("", ".."):
             raise CheckpointError(
-                f"{folder} is not a torch_dist checkpoint: it has no .metadata",
-                do="give a folder that holds iter_* folders",
-            ) from None
-        except Exception as error:  # a damaged pickle raises nearly anything
-            raise CheckpointError(
-                f"{folder / '.metadata'} cannot be read: {error!r}", do="the file is damaged; use another checkpoint"
-            ) from None
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.tensors
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """The global shape of a tensor."""
-        return self.cut.get(key, self.tensors[key].shape)
-
-    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The box of `shape` at `offset`, in its stored dtype. Raises CheckpointError when the chunks on disk do not cover it."""
-        out = torch.empty(shape, dtype=self._stored(key).dtype)
-        self.fill(out, key, offset)
-        return out
-
-    def _fill_from_grid(self, out: Tensor, key: str, offset: tuple[int, ...]) -> None:
-        """`fill` of a tensor that lies as a grid of flattened boxes, cell by cell."""
-        shape, grid = self.cut[key], self._stored(key).shape[:-1]
-        box = [size // n for size, n in zip(shape, grid, strict=True)]
-        ends = [o + n for o, n in zip(offset, out.shape, strict=True)]
-        cells = [range(o // b, -(-e // b)) for o, e, b in zip(offset, ends, box, strict=True)]
-        for cell in itertools.product(*cells):
-            flat = torch.empty((*(1 for _ in grid), math.prod(box)), dtype=self._stored(key).dtype)
-            self._fill(flat, key, (*cell, 0))
-            start = [c * b for c, b in zip(cell, box, strict=True)]
-            low = [max(a, b) for a, b in zip(offset, start, strict=True)]
-            high = [min(e, a + b) for e, a, b in zip(ends, start, box, strict=True)]
-            inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-            out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))] = flat.view(box)[inside]
-
-    def _stored(self, key: str) -> _Stored:
-        if key not in self.tensors:
-            raise CheckpointError(f"{self.folder} holds no {key}", do="use a checkpoint of the same model")
-        return self.tensors[key]
-
-    def fill(self, out: Tensor, key: str, offset: tuple[int, ...]) -> None:
-        """Read the box of out's shape at `offset` into it, cast to its dtype; straight from the file where it lies alike there."""
-        if key in self.cut:
-            self._fill_from_grid(out, key, offset)
-        else:
-            self._fill(out, key, offset)
-
-    def _fill(self, out: Tensor, key: str, offset: tuple[int, ...]) -> None:
-        stored, covered = self._stored(key), 0
-        for chunk in stored.chunks:
-            low = [max(a, b) for a, b in zip(offset, chunk.offset, strict=True)]
-            high = [min(a + m, b + n) for a, m, b, n in zip(offset, out.shape, chunk.offset, chunk.size, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
-            axis = long_axis(chunk.size)
-            first = chunk.offset[axis] if chunk.size else 0
-            rows = (low[axis] - first, high[axis] - first) if chunk.size else (0, 1)
-            alike = (*chunk.size[:axis], rows[1] - rows[0], *chunk.size[axis + 1 :]) == tuple(target.shape)
-            if alike and target.is_cpu and target.is_contiguous() and target.dtype == stored.dtype:
-                self._rows(key, chunk, stored.dtype, rows, target)
-            else:
-                data = self._rows(key, chunk, stored.dtype, rows, None)
-                start = [low[i] if i == axis else o for i, o in enumerate(chunk.offset)]
-                target.copy_(data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))])
-            covered += target.numel()
-        if covered != out.numel():
-            raise CheckpointError(
-                f"{self.folder}: the chunks of {key} do not cover what is asked for",
-                why=f"{covered} of {out.numel()} values",
-                do="use another checkpoint",
-            )
-
-    def _rows(self, key: str, chunk: _Chunk, dtype: torch.dtype, rows: tuple[int, int], out: Tensor | None) -> Tensor:
-        """Some rows of a chunk, along its first dim that is longer than 1; in `out`, if it is given."""
-        if Path(chunk.file).name != chunk.file or chunk.file in ("", ".."):
-            raise CheckpointError(
-                f"{self.folder / '.metadata'} sends {key} to {chunk.file!r}, outside the folder",
+                f"{self.folder / '.metadata'} sends {self.key} to {self.file!r}, outside the folder",
                 do="do not use this folder",
             )
-        path = self.folder / chunk.file
+        path = self.folder / self.file
         try:
             with open(path, "rb", buffering=0) as file:
-                return read_rows(file, chunk.start, chunk.length, dtype=dtype, size=chunk.size, rows=rows, out=out)
+                return read_rows(file, self.start, self.length, dtype=self.dtype, size=self.size, rows=rows, out=out)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing, but .metadata names it", do="use another checkpoint") from None
         except Exception as error:  # torch.load of damaged bytes raises nearly anything
-            raise CheckpointError(f"{path} is damaged at {key}: {error}", do="use another checkpoint") from None
+            raise CheckpointError(f"{path} is damaged at {self.key}: {error}", do="use another checkpoint") from None

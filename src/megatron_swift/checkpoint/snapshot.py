@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_swift.checkpoint.dcp import Piece, save_pieces
+from megatron_swift.checkpoint.dcp import OPTIMIZER, OPTIMIZER_KEYS, Piece, save_pieces
 from megatron_swift.checkpoint.manifest import Entry, write_file
 from megatron_swift.checkpoint.ranks import Group
+from megatron_swift.utils.files import fsync_folder
 
 Buffers = dict[tuple[str, tuple[int, ...]], Tensor]
 
@@ -25,15 +26,19 @@ class Snapshot:
     objects: Mapping[str, bytes] = field(default_factory=dict)
 
     def write(self, folder: Path, group: Group) -> dict[str, Entry]:
-        """Write both into a folder; returns the checksums. Every rank calls it, and what fails in a piece is raised on all."""
+        """Write all into a folder; returns the checksums. Every rank calls it, and what fails in a piece is raised on all.
+
+        The optimizer's state gets a folder of its own in it, so that Megatron finds its model and nothing else beside `common.pt`.
+        """
+        model = [piece for piece in self.pieces if not piece.key.startswith(OPTIMIZER_KEYS)]
+        state = [piece for piece in self.pieces if piece.key.startswith(OPTIMIZER_KEYS)]
+        any_state = any(group.gather(bool(state)))
         # The pieces first: their ranks meet in collectives, which one rank with a full disk must not miss.
-        entries = save_pieces(
-            folder,
-            self.pieces,
-            distributed=group.process_group is not None,
-            process_group=group.process_group,
-            objects=self.objects,
-        )
+        entries = _save(folder, model, group, self.objects)
+        if any_state:
+            inner = folder / OPTIMIZER
+            entries |= {f"{OPTIMIZER}/{name}": entry for name, entry in _save(inner, state, group, {}).items()}
+            fsync_folder(inner)
         return entries | {name: write_file(folder / name, data) for name, data in self.files.items()}
 
     def copied(self, buffers: Buffers) -> Snapshot:
@@ -45,6 +50,11 @@ class Snapshot:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies into pinned memory return before they are done
         return replace(self, pieces=copies)
+
+
+def _save(folder: Path, pieces: Sequence[Piece], group: Group, objects: Mapping[str, bytes]) -> dict[str, Entry]:
+    distributed = group.process_group is not None
+    return save_pieces(folder, pieces, distributed=distributed, process_group=group.process_group, objects=objects)
 
 
 def _copied(piece: Piece, buffers: Buffers) -> Piece:

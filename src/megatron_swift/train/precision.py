@@ -44,7 +44,7 @@ class LossScale:
         return {"scale": self.scale, "clean_steps": self.clean_steps, "overflows_left": self.overflows_left}
 
     def restore(self, saved: dict[str, float]) -> None:
-        """From the checkpoint; a run of another precision keeps its own."""
-        if self.dynamic:
+        """From the checkpoint; a run of another precision keeps its own, and so does one that goes on from a checkpoint of Megatron's."""
+        if self.dynamic and saved:
             self.scale = float(saved["scale"])
             self.clean_steps, self.overflows_left = int(saved["clean_steps"]), int(saved["overflows_left"])

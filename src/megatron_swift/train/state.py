@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_swift.checkpoint.dcp import Piece, pieces_of
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.checkpoint.megatron_common import COMMON, common_file, extra_states
+from megatron_swift.checkpoint.megatron_state import check_importable, megatron_state
 from megatron_swift.checkpoint.megatron_weights import MASTER, MegatronWeights
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import WeightSource
@@ -25,6 +26,7 @@ from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.parallel.shards import Box, Shard, Shards
 from megatron_swift.train.optim import Optimizer
 from megatron_swift.utils.errors import CheckpointError
+from megatron_swift.utils.log import get_logger
 
 STATE_FILE = "state.json"
 
@@ -107,9 +109,12 @@ def take_snapshot(
 
 
 def read_state(folder: Path) -> TrainState:
-    """The position of a checkpoint. Raises CheckpointError when there is none (a converted checkpoint)."""
+    """The position of a checkpoint, Megatron's own among them. Raises CheckpointError when there is none (a converted checkpoint)."""
     path = folder / STATE_FILE
     if not path.is_file():
+        megatron = megatron_state(folder)
+        if megatron is not None:
+            return TrainState(megatron.iteration, megatron.consumed_samples, optimizer_steps=megatron.optimizer_steps)
         raise CheckpointError(
             f"{folder} holds weights only, no training state",
             why="it was converted, or written by another program",
@@ -145,7 +150,7 @@ def load_optimizer(
     optimizer: Optimizer, specs: dict[str, TensorSpec], source: MegatronWeights, state: TrainState
 ) -> None:
     """Fill the optimizer's state. Raises CheckpointError when the checkpoint has none, or another optimizer's."""
-    kind = state.settings.get("optimizer")
+    kind = state.settings.get("optimizer") or _megatrons(optimizer, source)
     if kind != optimizer.options.kind:
         found = f"the state of optimizer {kind}" if kind else "no optimizer state"
         raise CheckpointError(
@@ -157,6 +162,17 @@ def load_optimizer(
         for name in optimizer.names:
             _load(optimizer.state(shard, name), shard, specs[shard.name], source, f"optimizer.state.{name}.")
     optimizer.set_num_steps(state.optimizer_steps)
+
+
+def _megatrons(optimizer: Optimizer, source: MegatronWeights) -> str | None:
+    """This optimizer's kind, where the checkpoint is Megatron's own and holds the state for it."""
+    folder = source.files.folder
+    found = None if (folder / STATE_FILE).is_file() else megatron_state(folder)
+    if found is None:
+        return None
+    check_importable(folder, found)
+    whole = all(source.has(f"optimizer.state.{name}.") for name in optimizer.names)
+    return optimizer.options.kind if whole else None
 
 
 def _check_dtypes(optimizer: Optimizer, specs: dict[str, TensorSpec], source: MegatronWeights) -> None:
@@ -197,11 +213,15 @@ def _rng_state() -> dict[str, Any]:
 
 
 def load_rng(folder: Path, mesh: Mesh) -> None:
-    """Restore this rank's random number generators. Raises CheckpointError where the checkpoint has none.
+    """Restore this rank's random number generators. Raises CheckpointError where the checkpoint has none, unless it is Megatron's.
 
     A rank beyond those that wrote it takes the state of rank modulo their number, as all ranks begin from one seed.
     """
     saved = len(list(folder.glob("rng_*.json")))
+    if not saved and not (folder / STATE_FILE).is_file():
+        if mesh.rank == 0:
+            get_logger().warning("%s is Megatron's own: its random states are not taken over", folder)
+        return
     if not saved:
         raise CheckpointError(f"{folder} holds no random state", do="give --no_load_rng true")
     path = folder / _rng_file(mesh.rank % saved)
