@@ -62,8 +62,19 @@ def attributes(value: Any) -> dict[str, Any]:
     return {str(key): item for key, item in state.items()} if isinstance(state, dict) else {}
 
 
-def read_archive(path: Path) -> Any:
-    """What the file holds. Raises CheckpointError where it is missing, damaged, or older than torch 1.6's format."""
+class Placed(NamedTuple):
+    """Where a contiguous tensor lies in its file, from byte `start` on."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_archive(path: Path, *, placed: bool = False) -> Any:
+    """What the file holds; with `placed` no tensors but where they lie.
+
+    Raises CheckpointError where it is missing, damaged, or older than torch 1.6's format.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", do="use another checkpoint")
     if not zipfile.is_zipfile(path):
@@ -73,7 +84,7 @@ def read_archive(path: Path) -> Any:
             do="use another checkpoint, or write it again with a newer torch",
         )
     try:
-        return _read(path)
+        return _read(path, placed=placed)
     except Exception as error:  # a damaged or forged file raises nearly anything
         raise CheckpointError(f"{path} cannot be read: {error!r}", do="use another checkpoint") from None
 
@@ -86,7 +97,7 @@ class _Place(NamedTuple):
     numel: int
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, *, placed: bool) -> Any:
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         names = {name.partition("/")[2]: info for name, info in archive.NameToInfo.items()}
         order = _content(archive, names["byteorder"]) if "byteorder" in names else b"little"
@@ -94,7 +105,7 @@ def _read(path: Path) -> Any:
             raise ValueError(f"its byte order is {order!r}")
         places = {name: (_start(file, info), info.file_size) for name, info in names.items() if name[:5] == "data/"}
         content = _content(archive, names["data.pkl"])
-    return _Unpickler(content, path, places).load()
+    return _Unpickler(content, path, places, placed=placed).load()
 
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -117,8 +128,9 @@ def _start(file: Any, info: zipfile.ZipInfo) -> int:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, content: bytes, path: Path, places: dict[str, tuple[int, int]]):
+    def __init__(self, content: bytes, path: Path, places: dict[str, tuple[int, int]], *, placed: bool):
         super().__init__(io.BytesIO(content))
+        self.placed = placed
         self.path, self.places, self.size = path, places, path.stat().st_size
         self._mapped: Any = None  # the file as one storage
         self._twins: dict[tuple[str, str], Any] = {}
@@ -154,7 +166,7 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"storage {key} is cut off")
         return _Place(dtype, start, numel)
 
-    def _tensor(self, place: Any, offset: Any, size: Any, stride: Any) -> Tensor:
+    def _tensor(self, place: Any, offset: Any, size: Any, stride: Any) -> Tensor | Placed:
         if not isinstance(place, _Place) or len(size) != len(stride):
             raise pickle.UnpicklingError("no tensor")
         numbers = (offset, *size, *stride)
@@ -163,6 +175,8 @@ class _Unpickler(pickle.Unpickler):
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if math.prod(size) and last >= place.numel:
             raise pickle.UnpicklingError("a tensor is larger than its storage")
+        if self.placed:
+            return Placed(place.dtype, tuple(size), place.start + offset * place.dtype.itemsize)
         if self._mapped is None:
             # Private: whatever is written to a view never reaches the file.
             self._mapped = torch.UntypedStorage.from_file(str(self.path), False, self.size)

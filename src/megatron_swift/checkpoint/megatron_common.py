@@ -19,14 +19,19 @@ CHECKPOINT_VERSION = 3.0  # Megatron-LM's, of the layout of fused weights
 
 
 def common_file(cfg: ModelConfig, *, iteration: int, consumed_samples: int) -> bytes:
-    """`common.pt`: plain values only, which Megatron's restricted reader takes too.
+    """`common.pt`: plain values only, which Megatron's restricted reader takes too."""
+    return _saved(common_values(cfg, iteration=iteration, consumed_samples=consumed_samples))
 
-    The folder belongs to no layout, so the parallel sizes are 0, which no run has: Megatron-LM asks a folder of its own layout for random
-    states and (core_r0.11) for the state of its rerun machine, which we do not have, and says "mismatch, ignored" otherwise.
+
+def common_values(cfg: ModelConfig, *, iteration: int, consumed_samples: int, parallel_size: int = 0) -> dict[str, Any]:
+    """What `common.pt` holds.
+
+    A torch_dist folder belongs to no layout, so the parallel sizes are 0, which no run has: Megatron-LM asks a folder of its own layout for
+    random states and (core_r0.11) for the state of its rerun machine, which we do not have, and says "mismatch, ignored" otherwise.
     """
     args = argparse.Namespace(
-        tensor_model_parallel_size=0,
-        pipeline_model_parallel_size=0,
+        tensor_model_parallel_size=parallel_size,
+        pipeline_model_parallel_size=parallel_size,
         num_layers=cfg.num_layers,
         hidden_size=cfg.hidden_size,
         ffn_hidden_size=cfg.ffn_hidden_size,
@@ -44,13 +49,12 @@ def common_file(cfg: ModelConfig, *, iteration: int, consumed_samples: int) -> b
         consumed_train_samples=consumed_samples,
         consumed_valid_samples=0,
     )
-    value = {
+    return {
         "args": args,
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": iteration,
         "num_floating_point_operations_so_far": 0,
     }
-    return _saved(value)
 
 
 def extra_states(cfg: ModelConfig) -> dict[str, bytes]:

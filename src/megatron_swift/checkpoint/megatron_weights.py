@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_swift.checkpoint.dcp import DcpFolder
+from megatron_swift.checkpoint.formats import open_tensors
 from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.utils.errors import CheckpointError
 
@@ -26,7 +26,8 @@ class MegatronWeights:
     """
 
     def __init__(self, folder: Path, specs: dict[str, TensorSpec], *, num_layers: int):
-        self.files, self.num_layers, self.specs = DcpFolder(folder), num_layers, specs
+        self.files = open_tensors(folder, specs, num_layers=num_layers)
+        self.num_layers, self.specs = num_layers, specs
         self._keys = {spec.megatron_key: self._stored_key(spec.megatron_key) for spec in specs.values()}
         stored = self.files.tensors.keys()
         missing = sorted({key for key, found in self._keys.items() if found not in stored})

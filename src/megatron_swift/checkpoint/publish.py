@@ -26,6 +26,7 @@ from megatron_swift.utils.files import fsync_folder, storage_errors, write_text
 from megatron_swift.utils.log import get_logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # what Megatron's converters call a checkpoint that belongs to no training
 _PUBLISHED = re.compile(r"^iter_(\d{7,})$")
 _LOCK = ".writer"
 _LEFTOVERS = (".iter_*.tmp-*", ".trash-*")
@@ -179,6 +180,8 @@ def candidates(run: Path) -> list[Path]:
     found = published(run)
     tracker = run / TRACKER
     text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
+    if text == RELEASE and (run / RELEASE).is_dir():
+        return [run / RELEASE]
     named = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
     # The folder may be one that Megatron itself wrote, without a manifest.
     if named is None or not (named in found or iteration_folder(run, named).is_dir()):
