@@ -40,7 +40,7 @@ SFT = ("megatron", "sft", "--model", "model", "--train_iters", "2")
 GOOD = (*SFT, "--dataset", "rows.jsonl")
 REFUSED = [
     (("megatron", "sft", "--trian_iters", "1"), 2, ["unknown parameter --trian_iters", "did you mean --train_iters?"]),
-    (("megatron", "pt", "--model", "x"), 2, ["megatron pt is not built yet", "megatron sft"]),
+    (("megatron", "rlhf", "--model", "x"), 2, ["megatron rlhf is not built yet", "megatron sft"]),
     (("megatron", "stf"), 2, ["megatron has no command 'stf'", "did you mean sft?"]),
     (("swift", "sft"), 2, ["swift has no command 'sft'", "commands: export, infer"]),
     (("swift", "merge_lora"), 2, ["swift merge_lora is not built yet"]),

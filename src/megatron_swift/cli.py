@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_swift import __version__
-from megatron_swift.args.commands import DataShowArguments, ExportArguments, InferArguments, SftArguments, parse
+from megatron_swift.args.commands import (
+    DataShowArguments,
+    ExportArguments,
+    InferArguments,
+    PtArguments,
+    SftArguments,
+    parse,
+)
 from megatron_swift.args.flags import wants_help
 from megatron_swift.args.reference import help_text
 from megatron_swift.args.rules import check_environment
@@ -21,7 +28,7 @@ from megatron_swift.launch import EXPORT, check_processes, guarded, launch, set_
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.log import set_up_logging
 
-NOT_BUILT = {"pt", "rlhf", "deploy", "rollout", "sample", "eval", "app", "web-ui", "merge-lora"}
+NOT_BUILT = {"rlhf", "deploy", "rollout", "sample", "eval", "app", "web-ui", "merge-lora"}
 
 
 def megatron() -> None:
@@ -144,6 +151,7 @@ Action = Callable[[Any, float], int]
 COMMANDS: dict[str, dict[str, tuple[type[Arguments], Action]]] = {
     "megatron": {
         "sft": (SftArguments, _train),
+        "pt": (PtArguments, _train),
         "export": (ExportArguments, _export_on_ranks),
         "data show": (DataShowArguments, _data_show),
     },

@@ -206,9 +206,14 @@ def test_unknown_config_key_gets_a_hint(tmp_path):
     assert e.value.do == "did you mean micro_batch_size?"
 
 
-def test_pre_training_differs_in_two_defaults():
+def test_pre_training_differs_in_four_defaults():
     sft, pt = params_of(SftArguments), params_of(PtArguments)
-    assert {n for n in sft if sft[n].default != pt[n].default} == {"use_chat_template", "loss_scale"}
+    assert {n for n in sft if sft[n].default != pt[n].default} == {
+        "use_chat_template",
+        "loss_scale",
+        "truncation_strategy",
+        "packing",
+    }
     assert list(sft) == list(pt)
     args = parse(PtArguments, [])
     assert (args.use_chat_template, args.loss_scale) == (False, "all")

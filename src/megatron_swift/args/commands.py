@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from megatron_swift.args.config_file import ENV_KEY, read_config
-from megatron_swift.args.data_params import DataParams, DataShowParams, LossScale, TemplateParams
+from megatron_swift.args.data_params import DataParams, DataShowParams, LossScale, TemplateParams, Truncation
 from megatron_swift.args.flags import read_flags, spellings, suggestion
 from megatron_swift.args.infer_params import ExportParams, InferParams
 from megatron_swift.args.model_params import ModelShapeParams, ModelSourceParams, MoeParams
@@ -61,9 +61,9 @@ class SftArguments(TrainArguments):
 @dataclass(frozen=True, kw_only=True)
 class PtArguments(TrainArguments):
     prog: ClassVar[str] = "megatron pt"
-    summary: ClassVar[str] = "Continue the pre-training of a model on plain text."
+    summary: ClassVar[str] = "Pre-train a model on plain text, from scratch or further."
     example: ClassVar[str] = (
-        "NPROC_PER_NODE=2 megatron pt --load Qwen2.5-7B-mcore --dataset texts.jsonl --packing true --finetune true "
+        "NPROC_PER_NODE=2 megatron pt --load Qwen2.5-7B-mcore --dataset texts.jsonl --finetune true "
         "--train_iters 1000 --lr 1e-5 --max_length 4096 --save megatron_output/demo"
     )
 
@@ -75,6 +75,18 @@ class PtArguments(TrainArguments):
     )
     loss_scale: LossScale = with_default(
         TemplateParams, "loss_scale", "all", "Which tokens are trained: all = every token, default = answers only."
+    )
+    truncation_strategy: Truncation | None = with_default(
+        TemplateParams,
+        "truncation_strategy",
+        "split",
+        "What happens to documents longer than max_length: split into several, dropped (delete), cut on the left or right, or an error.",
+    )
+    packing: bool = with_default(
+        ExtraTrainingParams,
+        "packing",
+        True,
+        "Join short documents into packs of up to max_length tokens; attention stays within a document.",
     )
 
 

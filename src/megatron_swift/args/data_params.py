@@ -12,6 +12,7 @@ from megatron_swift.args.spec import Arguments, param
 LossScale = Literal[
     "default", "last_round", "all", "ignore_empty_think", "react", "agentflan", "alpha_umi", "qwen", "hermes"
 ]
+Truncation = Literal["delete", "left", "right", "raise", "split"]
 UNDOCUMENTED = ("agentflan", "alpha_umi")
 
 
@@ -113,7 +114,7 @@ class TemplateParams(Arguments):
     max_length: int | None = param(
         None, "Longest sample, and size of a pack, in tokens. Default: what the model allows.", at_least=1
     )
-    truncation_strategy: Literal["delete", "left", "right", "raise", "split"] | None = param(
+    truncation_strategy: Truncation | None = param(
         None,
         "What happens to longer samples: dropped, cut on the left, cut on the right, an error, or split into several. "
         "Default: delete.",

@@ -1,4 +1,4 @@
-"""`megatron sft` on one rank: from a RunSetup to a trained, published model."""
+"""`megatron sft` and `megatron pt` on one rank: from a RunSetup to a trained, published model."""
 
 from __future__ import annotations
 
