@@ -68,6 +68,10 @@ class ExportParams(Arguments):
     mcore_model: str | None = param(
         None, "Megatron checkpoint to convert: the folder that holds latest_checkpointed_iteration.txt."
     )
+    ckpt_format: Literal["torch", "torch_dist", "zarr"] = param(
+        "torch_dist",
+        "Format that to_mcore writes: torch_dist, or torch = one file mp_rank_00/model_optim_rng.pt. to_hf finds out what it reads: both, and zarr.",
+    )
     output_dir: str | None = param(None, "Folder to write. Default: the source's name with -mcore or -hf added.")
     exist_ok: bool = param(False, "Allow output_dir to exist; its files are overwritten.")
     thread_count: int | None = param(

@@ -26,6 +26,7 @@ def check_train(args: TrainArguments, *, world_size: int, env: Mapping[str, str]
     if env is not None:
         check_environment(env)
     _weights_source(args)
+    _written_format(args.ckpt_format)
     _data_source(args)
     _run_length(args)
     if args.train_iters is not None:
@@ -46,6 +47,15 @@ def check_train(args: TrainArguments, *, world_size: int, env: Mapping[str, str]
         check_lengths(args, max_position_embeddings=args.max_position_embeddings)
 
 
+def _written_format(ckpt_format: str) -> None:
+    if ckpt_format == "zarr":
+        raise UsageError(
+            "--ckpt_format zarr: checkpoints of this format are read, but not written",
+            why="Megatron-Core gave it up after 0.11, and wrote it with a zarr library that is no longer maintained",
+            do="use torch_dist or torch; leave it out to load one, for the format is found out",
+        )
+
+
 def check_export(args: ExportArguments) -> None:
     """Raise UsageError unless exactly one conversion is asked for and its source and target are usable."""
     if args.to_mcore == args.to_hf:
@@ -55,6 +65,7 @@ def check_export(args: ExportArguments) -> None:
             do="to_mcore makes a Megatron checkpoint of --model, to_hf makes a Hugging Face folder of --mcore_model",
         )
     if args.to_mcore:
+        _written_format(args.ckpt_format)
         if args.mcore_model is not None:
             raise UsageError(
                 f"--to_mcore reads --model, but --mcore_model {args.mcore_model} is given", do="leave --mcore_model out"

@@ -70,14 +70,14 @@ class CheckpointParams(Arguments):
     )
     ckpt_format: Literal["torch", "torch_dist", "zarr"] = param(
         "torch_dist",
-        "Format of checkpoints: torch_dist = sharded files that load under any parallel layout.",
-        not_yet="another checkpoint format",
+        "Format of checkpoints to write: torch_dist = sharded files, which all ranks write; torch = the whole model in one file, which the "
+        "first rank writes. Both load under any parallel layout; zarr is read, but not written. What is loaded may have any of the three.",
     )
     no_initialization: bool = param(
         True, "Do not draw initial weights: they come from load or model.", not_yet="training from random weights"
     )
     auto_detect_ckpt_format: bool = param(
-        True, "Find out the format of the checkpoint in load.", no_effect="the format is always detected"
+        True, "Find out the format of the checkpoint in load.", no_effect="the format is always found out"
     )
     exit_on_missing_checkpoint: bool = param(
         True, "Stop where load holds no checkpoint. false = start from the weights of model instead."

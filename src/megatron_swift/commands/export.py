@@ -138,9 +138,10 @@ def _write_mcore(plan: ExportPlan, staging: Path, group: Group) -> None:
     from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
     from megatron_swift.checkpoint.layout import tensor_specs
     from megatron_swift.checkpoint.manifest import write_file
-    from megatron_swift.checkpoint.megatron_common import COMMON, common_file, extra_states
+    from megatron_swift.checkpoint.megatron_common import COMMON, common_file, common_values, extra_states
     from megatron_swift.checkpoint.megatron_weights import MegatronWeights
     from megatron_swift.checkpoint.publish import iteration_folder, publish
+    from megatron_swift.checkpoint.torch_file import write_torch
     from megatron_swift.checkpoint.verify import first_whole
     from megatron_swift.checkpoint.weights import TORCH_DTYPES
 
@@ -154,6 +155,10 @@ def _write_mcore(plan: ExportPlan, staging: Path, group: Group) -> None:
     # Iteration 1, as the original writes it.
     def write_all(folder: Path) -> dict[str, Entry]:
         first = group.rank == 0
+        if plan.args.ckpt_format == "torch":
+            content = common_values(cfg, iteration=1, consumed_samples=0, parallel_size=1)
+            write_torch(folder, _share(pieces, group.rank, ranks), group, content)
+            return {}
         entries = save_pieces(
             folder,
             _share(pieces, group.rank, ranks),

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_swift.args.commands import TrainArguments
@@ -18,7 +18,7 @@ from megatron_swift.checkpoint.layout import TensorSpec
 from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.checkpoint.publish import candidates, clean_leftovers, keep_last, publish, writing
 from megatron_swift.checkpoint.ranks import Group, all_ranks, with_disks
-from megatron_swift.checkpoint.snapshot import Buffers, Snapshot
+from megatron_swift.checkpoint.snapshot import TORCH_DIST, Buffers, Snapshot
 from megatron_swift.checkpoint.verify import first_whole
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.utils.errors import CheckpointError, SwiftError, UsageError
@@ -50,6 +50,11 @@ def run_folder(setup: RunSetup) -> Iterator[RunFolder]:
             raise UsageError(
                 f"--save_safetensors needs a --save folder that all ranks see, but {path} lies on {len(disks)} disks",
                 do="give a folder on a shared disk, or convert the merged checkpoint with `swift export --to_hf true`",
+            )
+        if args.ckpt_format != TORCH_DIST:
+            raise UsageError(
+                f"--ckpt_format {args.ckpt_format} makes one file, but --save {path} lies on {len(disks)} disks",
+                do="give a folder on a shared disk, or use --ckpt_format torch_dist",
             )
         if group.rank == 0:
             get_logger().warning(
@@ -99,6 +104,7 @@ class Saver:
     def save(self, snapshot: Snapshot, iteration: int) -> None:
         """Publish, or begin to: the snapshot's tensors may change once this returns."""
         began = time.time()
+        snapshot = replace(snapshot, file_format=self.setup.args.ckpt_format)
         failed = self._background.join()
         if not self.setup.args.async_save or failed is not None:
             # After a failure in the foreground, where a second one ends the run.

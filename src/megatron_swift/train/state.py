@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_swift.checkpoint.dcp import Piece, pieces_of
 from megatron_swift.checkpoint.layout import TensorSpec
-from megatron_swift.checkpoint.megatron_common import COMMON, common_file, extra_states
+from megatron_swift.checkpoint.megatron_common import COMMON, common_file, common_values, extra_states
 from megatron_swift.checkpoint.megatron_state import check_importable, megatron_state
 from megatron_swift.checkpoint.megatron_weights import MASTER, MegatronWeights
 from megatron_swift.checkpoint.snapshot import Snapshot
@@ -97,6 +97,7 @@ def take_snapshot(
     """
     files: dict[str, bytes] = {}
     objects: dict[str, bytes] = {}
+    content = None
     if save_rng:
         files[_rng_file(mesh.rank)] = json.dumps(_rng_state()).encode()
     if mesh.rank == 0:
@@ -104,8 +105,11 @@ def take_snapshot(
         files[STATE_FILE] = json.dumps(value, indent=1).encode()
         files[COMMON] = common_file(cfg, iteration=state.iteration, consumed_samples=state.consumed_samples)
         objects = extra_states(cfg)
+        content = common_values(
+            cfg, iteration=state.iteration, consumed_samples=state.consumed_samples, parallel_size=1
+        )
     mine = pieces(shards, specs, num_layers=cfg.num_layers, dtype=dtype, optimizer=optimizer)
-    return Snapshot(mine, files, objects)
+    return Snapshot(mine, files, objects, content)
 
 
 def read_state(folder: Path) -> TrainState:
