@@ -16,7 +16,10 @@ import mcore_oracle as oracle  # its folder is on PYTHONPATH
 import torch
 import torch.distributed as dist
 
-RENAMED = (("self_attention.linear_qkv.layer_norm_", "input_layernorm."), ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."))
+RENAMED = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+)
 
 
 def te_name(name: str, dense: bool) -> str:

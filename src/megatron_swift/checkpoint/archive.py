@@ -155,6 +155,7 @@ class _Unpickler(pickle.Unpickler):
             # An enumeration's member, as Python 3.11 pickles it; of anything but our stand-ins there is nothing to get.
             ("builtins", "getattr"): lambda *_: Inert(),
         }
+        module = {"__builtin__": "builtins"}.get(module, module)  # in torch.save's old protocol
         return known[module, name] if (module, name) in known else type(name, (Inert,), {})
 
     def persistent_load(self, pid: Any) -> _Place:
