@@ -98,13 +98,16 @@ def tensor_specs(cfg: ModelConfig, *, stacked_experts: bool = False) -> dict[str
     """
     vocab, hidden = cfg.vocab_size, cfg.hidden_size
     specs = [_plain("embedding.word_embeddings.weight", "model.embed_tokens.weight", (vocab, hidden))]
+    if cfg.position_embedding_type == "learned_absolute":
+        shape = (cfg.max_position_embeddings, hidden)
+        specs.append(_plain("embedding.position_embeddings.weight", "model.embed_positions.weight", shape))
     for i in range(cfg.num_layers):
         specs += _attention(cfg, f"decoder.layers.{i}.self_attention.", f"model.layers.{i}.")
         if cfg.is_sparse(i):
             specs += _moe(cfg, f"decoder.layers.{i}.", f"model.layers.{i}.", stacked=stacked_experts)
         else:
             specs += _mlp(cfg, f"decoder.layers.{i}.mlp.", f"model.layers.{i}.")
-    specs.append(_plain("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
+    specs += _norm(cfg, "decoder.final_layernorm.", "model.norm.", hidden)
     if not cfg.tied_embeddings:
         specs.append(_plain("output_layer.weight", "lm_head.weight", (vocab, hidden)))
     mixed = cfg.moe is not None and not all(cfg.moe.sparse_layers)
@@ -115,40 +118,55 @@ def _plain(name: str, hf_name: str, shape: tuple[int, ...]) -> TensorSpec:
     return TensorSpec(name, shape, (Block(hf_name, 0, shape[0]),))
 
 
+def _norm(cfg: ModelConfig, ours: str, theirs: str, size: int) -> list[TensorSpec]:
+    """A norm's parameters; ours ends in a dot, or in `layer_norm_` inside a linear layer."""
+    kinds = ("weight", "bias") if cfg.normalization == "LayerNorm" else ("weight",)
+    return [_plain(f"{ours}{kind}", f"{theirs}{kind}", (size,)) for kind in kinds]
+
+
 def _attention(cfg: ModelConfig, ours: str, theirs: str) -> list[TensorSpec]:
-    hidden, d, per_group = cfg.hidden_size, cfg.kv_channels, cfg.heads_per_group
-
-    def fused(kind: str) -> tuple[Block, ...]:
-        blocks: list[Block] = []
-        for group in range(cfg.num_query_groups):
-            blocks.append(Block(f"{theirs}self_attn.q_proj.{kind}", group * per_group * d, per_group * d))
-            blocks.append(Block(f"{theirs}self_attn.k_proj.{kind}", group * d, d))
-            blocks.append(Block(f"{theirs}self_attn.v_proj.{kind}", group * d, d))
-        return tuple(blocks)
-
-    specs = [
-        _plain(f"{ours}linear_qkv.layer_norm_weight", f"{theirs}input_layernorm.weight", (hidden,)),
-        TensorSpec(f"{ours}linear_qkv.weight", (cfg.qkv_rows, hidden), fused("weight")),
-    ]
-    if cfg.qkv_bias:
-        specs.append(TensorSpec(f"{ours}linear_qkv.bias", (cfg.qkv_rows,), fused("bias")))
+    hidden, d = cfg.hidden_size, cfg.kv_channels
+    specs = _norm(cfg, f"{ours}linear_qkv.layer_norm_", f"{theirs}input_layernorm.", hidden)
+    for kind in ("weight", "bias") if cfg.qkv_bias else ("weight",):
+        shape = (cfg.qkv_rows, hidden) if kind == "weight" else (cfg.qkv_rows,)
+        specs.append(TensorSpec(f"{ours}linear_qkv.{kind}", shape, _qkv_blocks(cfg, f"{theirs}self_attn.", kind)))
     if cfg.qk_layernorm:
-        specs.append(_plain(f"{ours}q_layernorm.weight", f"{theirs}self_attn.q_norm.weight", (d,)))
-        specs.append(_plain(f"{ours}k_layernorm.weight", f"{theirs}self_attn.k_norm.weight", (d,)))
-    specs.append(
-        _plain(f"{ours}linear_proj.weight", f"{theirs}self_attn.o_proj.weight", (hidden, cfg.num_attention_heads * d))
-    )
-    return specs
+        specs += _norm(cfg, f"{ours}q_layernorm.", f"{theirs}self_attn.q_norm.", d)
+        specs += _norm(cfg, f"{ours}k_layernorm.", f"{theirs}self_attn.k_norm.", d)
+    return specs + _linear(cfg, f"{ours}linear_proj", f"{theirs}self_attn.o_proj", hidden, cfg.num_attention_heads * d)
+
+
+def _qkv_blocks(cfg: ModelConfig, theirs: str, kind: str) -> tuple[Block, ...]:
+    """By query group: its query heads, its key, its value. A folder keeps three tensors, or one in which they follow one another."""
+    d, per_group, fused = cfg.kv_channels, cfg.heads_per_group, cfg.names.qkv
+    names = [f"{theirs}{fused or part}.{kind}" for part in ("q_proj", "k_proj", "v_proj")]
+    queries, keys = (cfg.num_attention_heads * d, cfg.num_query_groups * d) if fused else (0, 0)
+    blocks: list[Block] = []
+    for group in range(cfg.num_query_groups):
+        blocks.append(Block(names[0], group * per_group * d, per_group * d))
+        blocks.append(Block(names[1], queries + group * d, d))
+        blocks.append(Block(names[2], queries + keys + group * d, d))
+    return tuple(blocks)
+
+
+def _linear(cfg: ModelConfig, ours: str, theirs: str, rows: int, columns: int) -> list[TensorSpec]:
+    """A linear layer after attention or MLP."""
+    specs = [_plain(f"{ours}.weight", f"{theirs}.weight", (rows, columns))]
+    return [*specs, _plain(f"{ours}.bias", f"{theirs}.bias", (rows,))] if cfg.linear_bias else specs
 
 
 def _mlp(cfg: ModelConfig, ours: str, theirs: str) -> list[TensorSpec]:
-    hidden, ffn = cfg.hidden_size, cfg.ffn_hidden_size
-    gate_up = (Block(f"{theirs}mlp.gate_proj.weight", 0, ffn), Block(f"{theirs}mlp.up_proj.weight", 0, ffn))
-    return [
-        _plain(f"{ours}linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight", (hidden,)),
-        TensorSpec(f"{ours}linear_fc1.weight", (2 * ffn, hidden), gate_up),
-        _plain(f"{ours}linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (hidden, ffn)),
-    ]
+    hidden, ffn, names, parts = cfg.hidden_size, cfg.ffn_hidden_size, cfg.names, cfg.fc1_parts
+    at = f"{theirs}mlp."
+    specs = _norm(cfg, f"{ours}linear_fc1.layer_norm_", f"{theirs}post_attention_layernorm.", hidden)
+    for kind in ("weight", "bias") if cfg.linear_bias else ("weight",):
+        if names.gate_up:
+            blocks: tuple[Block, ...] = (Block(f"{at}{names.gate_up}.{kind}", 0, parts * ffn),)
+        else:
+            blocks = tuple(Block(f"{at}{name}.{kind}", 0, ffn) for name in ("gate_proj", names.up)[-parts:])
+        shape = (parts * ffn, hidden) if kind == "weight" else (parts * ffn,)
+        specs.append(TensorSpec(f"{ours}linear_fc1.{kind}", shape, blocks))
+    return specs + _linear(cfg, f"{ours}linear_fc2", f"{at}{names.down}", hidden, ffn)
 
 
 def _moe(cfg: ModelConfig, ours: str, theirs: str, *, stacked: bool) -> list[TensorSpec]:
@@ -156,27 +174,28 @@ def _moe(cfg: ModelConfig, ours: str, theirs: str, *, stacked: bool) -> list[Ten
     assert moe is not None
     inner, number, names = moe.ffn_hidden_size, moe.num_experts, moe.names
     at, mlp = f"{theirs}{'mlp' if stacked else names.module}.", f"{ours}mlp."
-    gate_up: list[Block] = []
+    fc1: list[Block] = []
     down: list[Block] = []
+    parts, ways = cfg.fc1_parts, (names.gate, names.up)[-cfg.fc1_parts :]
     if stacked:
-        gate_up.append(Block(f"{at}experts.gate_up_proj", 0, number * 2 * inner, experts=number))
+        fc1.append(Block(f"{at}experts.gate_up_proj", 0, number * parts * inner, experts=number))
         down.append(Block(f"{at}experts.down_proj", 0, number * hidden, experts=number))
     else:
         for expert in range(number):
-            gate_up.append(Block(f"{at}experts.{expert}.{names.gate}.weight", 0, inner))
-            gate_up.append(Block(f"{at}experts.{expert}.{names.up}.weight", 0, inner))
+            fc1 += [Block(f"{at}experts.{expert}.{way}.weight", 0, inner) for way in ways]
             down.append(Block(f"{at}experts.{expert}.{names.down}.weight", 0, hidden))
+    fc1_rows = number * parts * inner
     specs = [
-        _plain(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", (hidden,)),
+        *_norm(cfg, f"{ours}pre_mlp_layernorm.", f"{theirs}post_attention_layernorm.", hidden),
         _plain(f"{mlp}router.weight", f"{at}gate.weight", (number, hidden)),
-        TensorSpec(f"{mlp}experts.linear_fc1.weight", (number * 2 * inner, hidden), tuple(gate_up), experts=number),
+        TensorSpec(f"{mlp}experts.linear_fc1.weight", (fc1_rows, hidden), tuple(fc1), experts=number),
         TensorSpec(f"{mlp}experts.linear_fc2.weight", (number * hidden, inner), tuple(down), experts=number),
     ]
     if moe.shared_size:
         size, shared = moe.shared_size, f"{at}shared_expert"
-        both = (Block(f"{shared}.gate_proj.weight", 0, size), Block(f"{shared}.up_proj.weight", 0, size))
+        both = tuple(Block(f"{shared}.{way}.weight", 0, size) for way in ("gate_proj", "up_proj")[-parts:])
         specs += [
-            TensorSpec(f"{mlp}shared_experts.linear_fc1.weight", (2 * size, hidden), both),
+            TensorSpec(f"{mlp}shared_experts.linear_fc1.weight", (parts * size, hidden), both),
             _plain(f"{mlp}shared_experts.linear_fc2.weight", f"{shared}.down_proj.weight", (hidden, size)),
             _plain(f"{mlp}shared_experts.gate_weight", f"{at}shared_expert_gate.weight", (1, hidden)),
         ]

@@ -44,7 +44,7 @@ class MegatronWeights:
 
     def _stored_key(self, key: str) -> str:
         """Local layers save the norm before experts under the name that it has in a dense layer."""
-        local = key.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+        local = key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
         return local if key not in self.files and local in self.files else key
 
     def _check_shape(self, spec: TensorSpec) -> None:

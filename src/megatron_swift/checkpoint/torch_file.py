@@ -53,7 +53,7 @@ def write_torch(folder: Path, pieces: Sequence[Piece], group: Group, content: Ma
     """Write the pieces of all ranks into a file below `folder`, which exists. Every rank of the group calls it.
 
     content : what the file holds besides the model; only rank 0's counts.
-    What fails on rank 0 is raised there, and what fails in a piece too, once all ranks are through.
+    What fails on rank 0 or in a piece is raised on all ranks, once they are through.
     """
     mine = [_Described(p.key, p.dtype, p.size, p.offset, p.shape) for p in pieces]
     everyone: list[list[_Described]] = group.gather(mine)
@@ -74,8 +74,9 @@ def write_torch(folder: Path, pieces: Sequence[Piece], group: Group, content: Ma
                     failure = error
     if file is not None:
         file.close()
-    if failure is not None:
-        raise failure
+    failed = next((f for f in group.gather(failure) if f is not None), None)
+    if failed is not None:
+        raise failed
 
 
 def _values(piece: Piece) -> Tensor | Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,22 @@ def failure_of(folder: Path, group: Group) -> CheckpointError | None:
     except CheckpointError as error:
         found = error
     failures = [failure for failure in group.gather(found) if failure is not None]
-    return failures[0] if failures else None
+    return failures[0] if failures else _other_checkpoint(folder, group)
+
+
+def _other_checkpoint(folder: Path, group: Group) -> CheckpointError | None:
+    """Each rank's folder is whole; but on several disks they may be of different runs, of which no one state can be made."""
+    manifest = folder / MANIFEST
+    everyone = group.gather((zlib.crc32(manifest.read_bytes()) if manifest.exists() else None, folder))
+    content, folder = everyone[0]
+    others = [rank for rank, (one, _) in enumerate(everyone) if one != content]
+    if not others:
+        return None
+    return CheckpointError(
+        f"{folder}: ranks {others} see another checkpoint under this name than rank 0",
+        why="their disks hold different runs",
+        do="copy the run's checkpoints to every machine, as docs/checkpoints.md says",
+    )
 
 
 def first_whole(folders: Sequence[Path], group: Group) -> Path:
