@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from megatron_swift.data.order import Order, micro_batch_positions, num_micro_batches
+from megatron_swift.data.streaming import Lane, Place, Stream
 from megatron_swift.data.types import IGNORE, Batch, Sample
 
 
@@ -96,11 +97,15 @@ class Layout:
         samples = [sample for number in numbers for sample in rows.row(number)]
         if not samples:
             samples = [Sample(np.array([self.pad_id], np.int32), np.array([IGNORE], np.int32))]
+        return self.collated(samples, tuple(numbers))
+
+    def collated(self, samples: Sequence[Sample], rows: tuple[int, ...]) -> Batch:
+        """The samples as one micro-batch."""
         return collate(
             samples,
             pad_to_multiple=self.pad_to_multiple,
             pad_id=self.pad_id,
-            rows=tuple(numbers),
+            rows=rows,
             segment_multiple=self.segment_multiple,
         )
 
@@ -119,8 +124,8 @@ class _Steps(Dataset):
         ]
 
 
-def _as_they_are(batches: list[Batch]) -> list[Batch]:
-    return batches
+def _as_they_are(value: Any) -> Any:
+    return value
 
 
 def _start_worker(worker: int) -> None:
@@ -128,6 +133,21 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _with_workers(dataset: Dataset, num_workers: int, prefetch_factor: int, **options: Any) -> DataLoader:
+    # As many as the user asked for: torch advises every rank for itself, by the machine's cores.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        collate_fn=_as_they_are,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else every iteration draws from torch's global random state
+        **options,
+    )
 
 
 class TrainLoader:
@@ -170,18 +190,12 @@ class TrainLoader:
         self._pin = pin_memory and torch.cuda.is_available()
         self._loader: DataLoader | None = None
         if num_workers > 0:
-            # As many as the user asked for: torch advises every rank for itself, by the machine's cores.
-            warnings.filterwarnings("ignore", "This DataLoader will create")
-            self._loader = DataLoader(
+            self._loader = _with_workers(
                 self._steps,
-                batch_size=None,
+                num_workers,
+                prefetch_factor,
                 sampler=self._numbers,
-                collate_fn=_as_they_are,
-                num_workers=num_workers,
-                prefetch_factor=prefetch_factor,
                 persistent_workers=persistent_workers,
-                worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # else every iteration draws from torch's global random state
             )
 
     def __len__(self) -> int:
@@ -227,3 +241,64 @@ def eval_batches(
             numbers = [at if once else at % total for at in positions if at < total or not once]
             batches.append(layout.batch(rows, numbers))
         yield batches
+
+
+class _Micros(IterableDataset):
+    """A rank's micro-batches from a stream, one after another, each with the places of its lanes behind it.
+
+    Worker w of W makes the micro-batches w, w + W, … of every step, so its lanes are its own; W divides their number.
+    """
+
+    def __init__(self, stream: Stream, places: Mapping[int, Place], layout: Layout, num_steps: int) -> None:
+        self.stream, self.places, self.layout, self.num_steps = stream, places, layout, num_steps
+
+    def __iter__(self) -> Iterator[tuple[Batch, dict[int, Place]]]:
+        worker = get_worker_info()
+        first, every = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        layout = self.layout
+        numbers = [layout.positions(0, micro) for micro in range(first, layout.num_micro_batches, every)]
+        lanes = {lane: Lane(self.stream, lane, self.places.get(lane)) for part in numbers for lane in part}
+        for _ in range(self.num_steps):
+            for part in numbers:
+                samples = [sample for lane in part for sample in next(lanes[lane])]
+                yield layout.collated(samples, tuple(part)), {lane: lanes[lane].place for lane in part}
+
+
+class StreamLoader:
+    """As TrainLoader, from a stream. Which rows a step holds does not depend on layout or workers.
+
+    places : for each of this rank's lanes where it stands after the last step that was yielded; at first, where to begin.
+             A lane that is missing begins at its beginning.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        layout: Layout,
+        *,
+        places: Mapping[int, Place],
+        num_steps: int,
+        num_workers: int,
+        prefetch_factor: int,
+        pin_memory: bool,
+    ) -> None:
+        assert layout.global_batch_size == stream.lanes, (layout.global_batch_size, stream.lanes)
+        micros = layout.num_micro_batches
+        mine = [lane for micro in range(micros) for lane in layout.positions(0, micro)]
+        self.places: dict[int, Place] = {lane: places[lane] for lane in mine if lane in places}
+        self._micros = _Micros(stream, dict(self.places), layout, num_steps)
+        self._pin = pin_memory and torch.cuda.is_available()
+        workers = max((n for n in range(1, min(num_workers, micros) + 1) if micros % n == 0), default=0)
+        self._loader: DataLoader | None = None
+        if workers:
+            self._loader = _with_workers(self._micros, workers, prefetch_factor)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        micros = iter(self._micros if self._loader is None else self._loader)
+        for _ in range(self._micros.num_steps):
+            batches = []
+            for _ in range(self._micros.layout.num_micro_batches):
+                batch, places = next(micros)
+                self.places |= places
+                batches.append(_pin(batch) if self._pin else batch)
+            yield batches

@@ -7,12 +7,18 @@ from collections.abc import Iterable
 import numpy as np
 
 
+def permutation(count: int, *seeds: int) -> np.ndarray:
+    """The numbers below `count` in an order that depends on the seeds alone, int64 [count].
+
+    Built from a bit generator's raw output, which numpy promises to keep, and not from Generator.permutation, which it does not.
+    """
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count), kind="stable")
+
+
 class Order:
     """Which row stands at which position of endless training; position p belongs to epoch p // num_rows.
 
-    The order of an epoch depends on (seed, epoch) alone, so a resumed run needs one integer and no state. It is built
-    from a bit generator's raw output, which numpy promises to keep, and not from Generator.permutation, which it does
-    not.
+    The order of an epoch depends on (seed, epoch) alone, so a resumed run needs one integer and no state.
     """
 
     def __init__(self, num_rows: int, *, seed: int, shuffle: bool) -> None:
@@ -35,8 +41,7 @@ class Order:
         if epoch not in self._epochs:
             while len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
-            raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_rows)
-            self._epochs[epoch] = np.argsort(raw, kind="stable")
+            self._epochs[epoch] = permutation(self.num_rows, self.seed, epoch)
         return self._epochs[epoch]
 
     def __getstate__(self) -> dict[str, object]:
