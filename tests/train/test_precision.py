@@ -60,3 +60,15 @@ def test_a_run_of_another_precision_keeps_its_own():
     other = LossScale.for_dtype("bfloat16")
     other.restore(after("xxx").as_json())
     assert other == LossScale.for_dtype("bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_from_a_run_without_a_loss_scale(dtype):
+    """fp16 begins with its own first scale, not with the constant 1; one that has really fallen to 1 is restored."""
+    scale = LossScale.for_dtype("float16")
+    scale.restore(after("...", LossScale.for_dtype(dtype)).as_json())
+    assert scale == LossScale.for_dtype("float16")
+    fallen = after("x" * 40)
+    assert fallen.scale == 1.0
+    scale.restore(fallen.as_json())
+    assert scale == fallen

@@ -44,6 +44,12 @@ CONSEQUENCES = {
 }
 _MODEL = "another model"
 _DATA = "the position in the data means other rows"
+# What a model's configuration says besides the shapes and the function of its weights.
+_NO_MODEL = {
+    "max_position_embeddings": "longer or shorter rows are let in",
+    "moe.aux_loss_coeff": _STEP + ", unless --moe_aux_loss_coeff is given",
+    **dict.fromkeys(("moe.names.module", "moe.names.gate", "moe.names.up", "moe.names.down"), "names on the disk only"),
+}
 
 
 def runs_below(save: Path, *, add_version: bool) -> list[Path]:
@@ -59,13 +65,13 @@ def runs_below(save: Path, *, add_version: bool) -> list[Path]:
     return [path for path in ordered if has_checkpoint(path)]
 
 
-def find_auto(args: A) -> tuple[A, tuple[Path, ...]]:
+def find_auto(args: A) -> tuple[A, tuple[Path, ...] | None]:
     """`--load auto` as the newest run below --save, or as no --load where there is none yet; and the runs before that one.
 
-    Other arguments come back as they are. UsageError where auto cannot mean anything.
+    Other arguments come back as they are, with None. UsageError where auto cannot mean anything.
     """
     if args.load != AUTO:
-        return args, ()
+        return args, None
     if args.save is None:
         raise UsageError("--load auto looks below --save, which is not given", do="give --save")
     if args.finetune:
@@ -131,13 +137,22 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, data: tuple[st
     old, new = before.get("model") or {}, now["model"]
     for name in sorted(old.keys() & new.keys()):
         if old[name] != new[name]:
-            found.append(Change(f"model {name}", old[name], new[name], _MODEL))
+            found.append(Change(f"model {name}", old[name], new[name], _of_model(name, new)))
     if data[0] and data[0] != data[1]:
         found.append(Change("training data", data[0], data[1], _DATA))
     for name, consequence in CONSEQUENCES.items():
         if name in before and before[name] != now[name]:
             found.append(Change(name, before[name], now[name], consequence))
     return found
+
+
+def _of_model(name: str, model: Mapping[str, Any]) -> str:
+    """What it means that a model's setting has changed."""
+    if name == "max_position_embeddings" and model.get("rope_scaling.rope_type") == "yarn":
+        stretched = ("rope_scaling.factor", "rope_scaling.original_max_position_embeddings")
+        if not all(model.get(key) for key in stretched):  # then the rotation is computed from it
+            return _MODEL
+    return _NO_MODEL.get(name, _MODEL)
 
 
 def table(found: Sequence[Change]) -> str:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_swift.args.resume_rules import changes, other_data, refusal, settings_of, table
+from megatron_swift.checkpoint.publish import TRACKER
+from megatron_swift.checkpoint.ranks import Group
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.train.state import TrainState, read_state
 from megatron_swift.utils.errors import CheckpointError, UsageError
 from megatron_swift.utils.log import get_logger
+
+
+class NothingLeft(Exception):
+    """The run that --load auto has found is trained to its end; str() says so. No error: a scheduler may start a job once too often."""
 
 
 def run_settings(setup: RunSetup, *, ranks: int) -> dict[str, Any]:
@@ -28,7 +35,7 @@ def run_settings(setup: RunSetup, *, ranks: int) -> dict[str, Any]:
 
 
 def resumed_state(setup: RunSetup, folder: Path, *, ranks: int, speaks: bool) -> TrainState:
-    """The state to go on from. Raises the SwiftError of what must not go on, the same on all ranks.
+    """The state to go on from. Raises the SwiftError of what must not go on, or NothingLeft, the same on all ranks.
 
     speaks : whether this rank logs the table of what differs.
     """
@@ -52,12 +59,16 @@ def resumed_state(setup: RunSetup, folder: Path, *, ranks: int, speaks: bool) ->
         if speaks:
             get_logger().warning("--reset_data: going on with the first row of the new data")
         state.consumed_samples = 0
-    _check_position(setup, state)
+    _check_position(setup, state, folder)
     return state
 
 
-def _check_position(setup: RunSetup, state: TrainState) -> None:
+def _check_position(setup: RunSetup, state: TrainState, folder: Path) -> None:
     size = setup.args.global_batch_size
+    if setup.older is not None and state.iteration >= setup.train_iters:
+        raise NothingLeft(
+            f"nothing left to train: {folder} stands at iteration {state.iteration}, --train_iters is {setup.train_iters}"
+        )
     if state.consumed_samples % size:
         raise UsageError(
             f"--global_batch_size {size} does not divide the {state.consumed_samples} samples consumed so far",
@@ -68,3 +79,11 @@ def _check_position(setup: RunSetup, state: TrainState) -> None:
             f"the checkpoint stands at iteration {state.iteration} already, --train_iters is {setup.train_iters}",
             do="raise --train_iters, or give --finetune true to start anew from its weights",
         )
+
+
+def remove_unused(setup: RunSetup, run: Path, group: Group) -> None:
+    """Take away the v<N> folder that this command has made, if it holds no checkpoint. Every rank calls it, once none uses it any more."""
+    group.gather(None)
+    made = setup.args.add_version  # else it is the user's own folder
+    if made and group.leads and not (run / TRACKER).exists() and not any(run.glob("iter_*")):
+        shutil.rmtree(run)

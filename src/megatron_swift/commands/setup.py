@@ -78,7 +78,7 @@ class RunSetup:
 
     model_dir : the folder with config.json and tokenizer.  dtype : "float32", "bfloat16" or "float16", of weights and compute.
     data      : the prepared data's folder.  load : the Megatron folder to start from, None for the weights in model_dir.
-    older     : with --load auto, the runs before that one, should none of its checkpoints be whole.
+    older     : with --load auto, the runs before that one, should none of its checkpoints be whole; None without it.
     run_dir   : where the run writes; None on nodes other than the first, which are told by rank 0.
     """
 
@@ -94,7 +94,7 @@ class RunSetup:
     train_iters: int
     dp_size: int
     load: Path | None
-    older: tuple[Path, ...]
+    older: tuple[Path, ...] | None
     run_dir: Path | None
 
 

@@ -20,7 +20,7 @@ from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import TORCH_DTYPES
 from megatron_swift.commands.engine_options import engine_options, sizes
-from megatron_swift.commands.resuming import resumed_state, run_settings
+from megatron_swift.commands.resuming import NothingLeft, remove_unused, resumed_state, run_settings
 from megatron_swift.commands.saving import RunFolder, checkpoint_to_load, run_folder, saving
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.data.cache import PackedRows
@@ -72,6 +72,10 @@ def run(setup: RunSetup, *, started: float | None = None) -> None:
         _seed(args)
         with run_folder(setup) as folder, listening() as request:
             _train(setup, folder, mesh, request, started)
+    except NothingLeft as reason:
+        remove_unused(setup, folder.path, folder.group)
+        if mesh.rank == 0:
+            print(reason, flush=True)
     finally:
         meshes.stop()
 
@@ -154,7 +158,7 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
         load_weights(engine.shards, specs, HuggingFaceWeights(setup.model_dir, cfg))
         optimizer = Optimizer(engine.shards, decay)
     else:
-        checkpoint = checkpoint_to_load(setup.load, folder, older=setup.older)
+        checkpoint = checkpoint_to_load(setup.load, folder, older=setup.older or ())
         if not args.finetune:  # before the tensors are looked at: it says more than that their shapes differ
             state = resumed_state(setup, checkpoint, ranks=mesh.world_size, speaks=mesh.rank == 0)
         source = MegatronWeights(checkpoint, specs, num_layers=cfg.num_layers)

@@ -44,7 +44,11 @@ class LossScale:
         return {"scale": self.scale, "clean_steps": self.clean_steps, "overflows_left": self.overflows_left}
 
     def restore(self, saved: dict[str, float]) -> None:
-        """From the checkpoint; a run of another precision keeps its own, and so does one that goes on from a checkpoint of Megatron's."""
-        if self.dynamic and saved:
+        """From the checkpoint; a run of another precision keeps its own, and so does one that goes on from a checkpoint of Megatron's,
+        or from one of a run without a loss scale: that one's constant 1 says nothing of fp16.
+        """
+        # A scale that has fallen to 1 has no overflow left: only doubling, past 1, gives new ones.
+        constant = bool(saved) and (saved["scale"], saved["overflows_left"]) == (1.0, HYSTERESIS)
+        if self.dynamic and saved and not constant:
             self.scale = float(saved["scale"])
             self.clean_steps, self.overflows_left = int(saved["clean_steps"]), int(saved["overflows_left"])
