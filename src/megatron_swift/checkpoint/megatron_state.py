@@ -58,7 +58,7 @@ def check_importable(folder: Path, state: MegatronState) -> None:
             f"{folder} holds an optimizer state in Megatron's layout {state.layout}, which cannot be imported",
             why="it consists of flat buffers that fit the parallel layout of the run that wrote them",
             do="give --no_load_optim true to go on with a new optimizer, or save it in Megatron with "
-            "--dist-ckpt-optim-fully-reshardable (from 0.14 on; before: without --no-ckpt-fully-parallel-save)",
+            "--dist-ckpt-optim-fully-reshardable",
         )
     if not state.optimizer_steps:
         raise CheckpointError(
