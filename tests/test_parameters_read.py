@@ -30,7 +30,9 @@ TRAINING = (
     "commands/engine_options.py",
     "commands/saving.py",
     "commands/resuming.py",
+    "commands/run_data.py",
     "commands/run_folder.py",
+    "args/stream_rules.py",
     *SHARED,
 )
 OWN = {

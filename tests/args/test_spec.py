@@ -52,8 +52,6 @@ def test_defaults_obey_their_own_rules():
     ("command", "flags", "what", "do"),
     [
         (SftArguments, "--moe_layer_freq [0,2]", "a number such as 2, or a list of 0 and 1", ""),
-        (SftArguments, "--dataloader_type external", "streaming", "use cyclic or single"),
-        (SftArguments, "--streaming", "streaming", "leave it at false"),
         (SftArguments, "--no_initialization false", "random weights", "leave it at true"),
         (SftArguments, "--swiglu false", "GELU", "use true"),
         (SftArguments, "--attention_dropout 0.1", "dropout", "use 0.0"),

@@ -55,7 +55,9 @@ class DataParams(Arguments):
     dataset_shuffle: bool = param(True, "Shuffle the training rows before training.")
     val_dataset_shuffle: bool = param(False, "Shuffle the validation rows.")
     streaming: bool = param(
-        False, "Read the data while training instead of before it, for very large data.", not_yet="streaming"
+        False,
+        "Read, encode and pack the rows while training instead of before it, for data too large to prepare. Needs train_iters; "
+        "nothing is split off.",
     )
     interleave_prob: list[float] | None = param(
         None,
@@ -69,7 +71,9 @@ class DataParams(Arguments):
         "ran out begin again).",
     )
     shuffle_buffer_size: int = param(
-        1000, "With streaming: rows held to draw from at random.", at_least=1, not_yet="streaming"
+        1000,
+        "With streaming: rows held to shuffle and to pack, for each row of the global batch.",
+        at_least=1,
     )
     load_from_cache_file: bool = param(
         True,

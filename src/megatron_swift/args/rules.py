@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_swift.args.commands import ExportArguments, InferArguments, TrainArguments
+from megatron_swift.args.stream_rules import check_streaming
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.log import get_logger
 
@@ -29,6 +30,7 @@ def check_train(args: TrainArguments, *, world_size: int, env: Mapping[str, str]
     _written_format(args.ckpt_format)
     _data_source(args)
     _run_length(args)
+    check_streaming(args)
     if args.train_iters is not None:
         check_schedule(args, train_iters=args.train_iters)
     _learning_rates(args)

@@ -84,9 +84,7 @@ class TrainingParams(Arguments):
     )
     dataloader_type: Literal["single", "cyclic", "external"] = param(
         "cyclic",
-        "single = one pass in order, cyclic = shuffled anew in each pass, external = it feeds itself (streaming).",
-        not_yet="streaming",
-        built=("single",),
+        "single = one pass in order, cyclic = shuffled anew in each pass, external = it feeds itself, as streaming does.",
     )
     manual_gc: bool = param(
         False, "Switch Python's automatic garbage collection off and collect at fixed steps on all ranks."

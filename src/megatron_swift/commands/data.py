@@ -27,7 +27,7 @@ from megatron_swift.utils.hub import local_model
 from megatron_swift.utils.log import get_logger
 
 # Settings that say nothing here, for a warning when they are given.
-NO_EFFECT = ("torch_dtype", "response_prefix")
+NO_EFFECT = ("torch_dtype", "response_prefix", "streaming", "shuffle_buffer_size")
 
 
 def show(args: DataShowArguments, env: Mapping[str, str] = os.environ) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are
 # Settings of DataParams and TemplateParams that say nothing here, for a warning when they are given.
 NO_EFFECT = (
     *("split_dataset_ratio", "dataset_num_proc", "dataset_shuffle", "load_from_cache_file", "loss_scale"),
-    *("interleave_prob", "stopping_strategy"),
+    *("interleave_prob", "stopping_strategy", "streaming", "shuffle_buffer_size"),
 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
 from megatron_swift.checkpoint.companions import FOLDER, copy_companions
-from megatron_swift.data.prepare import Prepared
+from megatron_swift.commands.run_data import RunData
 from megatron_swift.utils.files import storage_errors, write_json
 
 
@@ -38,16 +38,16 @@ def make_run_dir(save: str, *, add_version: bool) -> Path:
 
 
 def write_run_files(
-    run_dir: Path, args: TrainArguments, prepared: Prepared, *, model_dir: Path, settled: dict[str, object]
+    run_dir: Path, args: TrainArguments, data: RunData, *, model_dir: Path, settled: dict[str, object]
 ) -> None:
     """args.json with the settled values, the data report, the validation rows that were split off, and the model's companions."""
     known = args.model if model_dir.name == FOLDER else str(model_dir.absolute())
     resolved = dataclasses.replace(args, model=known, save=str(run_dir))
     write_json(run_dir / "args.json", to_json(resolved) | settled)
-    write_json(run_dir / "data_report.json", prepared.report.as_json())
-    if prepared.val_rows:
+    write_json(run_dir / "data_report.json", data.report())
+    if data.val_rows:
         with storage_errors(run_dir), open(run_dir / "val_dataset.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.val_rows)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in data.val_rows)
     carried = run_dir / FOLDER
     if not (carried.exists() and carried.samefile(model_dir)):  # resuming in place, when the model itself is gone
         copy_companions(model_dir, carried, config=True)

@@ -31,11 +31,12 @@ from megatron_swift.args.rules import (
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.commands.chat_template import asked_template, chosen_template, user_families
+from megatron_swift.commands.run_data import RunData, prepare_data
 from megatron_swift.commands.run_folder import make_run_dir, write_run_files
 from megatron_swift.data.encode import LossScale
-from megatron_swift.data.histogram import text_histogram
-from megatron_swift.data.prepare import DataOptions, Prepared, prepare
+from megatron_swift.data.prepare import DataOptions
 from megatron_swift.data.show import render_sample
+from megatron_swift.data.streaming import Stream
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.models.config import ModelConfig, MoEConfig
@@ -77,7 +78,9 @@ class RunSetup:
     """What the ranks need to know. Plain values only; handed to them as a file.
 
     model_dir : the folder with config.json and tokenizer.  dtype : "float32", "bfloat16" or "float16", of weights and compute.
-    data      : the prepared data's folder.  load : the Megatron folder to start from, None for the weights in model_dir.
+    data      : the prepared data's folder; of streamed rows only its last component counts, their fingerprint.
+    stream    : the rows to train on, where they are streamed; val_data: then the prepared validation rows' folder.
+    load : the Megatron folder to start from, None for the weights in model_dir.
     older     : with --load auto, the runs before that one, should none of its checkpoints be whole; None without it.
     run_dir   : where the run writes; None on nodes other than the first, which are told by rank 0.
     """
@@ -88,6 +91,8 @@ class RunSetup:
     template: str
     dtype: str
     data: Path
+    stream: Stream | None
+    val_data: Path | None
     num_rows: int
     num_val_rows: int
     pad_id: int
@@ -129,10 +134,10 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
             f"the tokenizer of {model_dir} has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}",
             do="use the tokenizer that belongs to the model",
         )
-    prepared = prepare(data_options(args, template, longest=model.max_position_embeddings), tokenizer)
-    iters = train_iters(args, len(prepared.train))
+    data = prepare_data(args, data_options(args, template, longest=model.max_position_embeddings), tokenizer)
+    iters = train_iters(args, data.num_rows)
     check_schedule(args, train_iters=iters)
-    _warn_of_unused(args, prepared)
+    _warn_of_unused(args, data)
     name = (args.model or str(model_dir)).rstrip("/").rsplit("/", 1)[-1]
     first_node = int(env.get("NODE_RANK") or 0) == 0
     run_dir = make_run_dir(args.save or f"megatron_output/{name}", add_version=args.add_version) if first_node else None
@@ -142,9 +147,11 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         model=model,
         template=described.template,
         dtype=choose_dtype(args, model),
-        data=prepared.folder,
-        num_rows=len(prepared.train),
-        num_val_rows=len(prepared.val) if prepared.val is not None else 0,
+        data=data.name,
+        stream=data.stream,
+        val_data=data.val_folder,
+        num_rows=data.num_rows,
+        num_val_rows=data.num_val_rows,
         pad_id=tokenizer.pad_token_id or 0,
         train_iters=iters,
         dp_size=dp_size,
@@ -156,11 +163,11 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         write_run_files(
             run_dir,
             args,
-            prepared,
+            data,
             model_dir=model_dir,
             settled={"template": setup.template, "torch_dtype": setup.dtype},
         )
-    _print_banner(setup, described.reason, prepared, tokenizer)
+    _print_banner(setup, described.reason, data, tokenizer)
     return setup
 
 
@@ -332,21 +339,20 @@ def train_iters(args: TrainArguments, num_rows: int) -> int:
     return iters
 
 
-def _warn_of_unused(args: TrainArguments, prepared: Prepared) -> None:
+def _warn_of_unused(args: TrainArguments, data: RunData) -> None:
     if args.response_prefix is not None and "response_prefix" in args.given:
         get_logger().warning("--response_prefix is not used in training: it is for `swift infer`, through args.json")
-    if prepared.val is None and args.eval_iters != 0 and args.given & {"eval_iters", "eval_interval"}:
+    if not data.num_val_rows and args.eval_iters != 0 and args.given & {"eval_iters", "eval_interval"}:
         get_logger().warning(
             "there are no validation rows, so nothing is evaluated: give --val_dataset or --split_dataset_ratio"
         )
 
 
-def _print_banner(setup: RunSetup, reason: str, prepared: Prepared, tokenizer: Tokenizer) -> None:
+def _print_banner(setup: RunSetup, reason: str, data: RunData, tokenizer: Tokenizer) -> None:
     """The facts of the run, one a line, the data report and one sample with its trained tokens marked."""
     args, model = setup.args, setup.model
     dp, gbs, mbs = setup.dp_size, args.global_batch_size, args.micro_batch_size
     decay = args.lr_decay_iters or setup.train_iters
-    passes = setup.train_iters * gbs / setup.num_rows
     lines = {
         "model": f"{setup.model_dir}  {model.num_layers} layers, hidden {model.hidden_size}, {num_parameters(model) / 1e6:.1f} M parameters",
         "weights": f"{setup.load or setup.model_dir}  in {setup.dtype}"
@@ -354,7 +360,12 @@ def _print_banner(setup: RunSetup, reason: str, prepared: Prepared, tokenizer: T
         **({"experts": _experts_line(model)} if model.moe is not None else {}),
         "template": f"{setup.template} ({reason})",
         "batch": f"micro {mbs} x data parallel {dp} x accumulation {gbs // mbs // dp} = global {gbs}",
-        "schedule": f"{setup.train_iters} iterations = {passes:.2f} passes over {setup.num_rows} rows",
+        "schedule": f"{setup.train_iters} iterations"
+        + (
+            f" = {setup.train_iters * gbs / setup.num_rows:.2f} passes over {setup.num_rows} rows"
+            if setup.num_rows
+            else ""
+        ),
         "learning rate": f"{args.lr_decay_style}: 0 -> {args.lr:g} in {args.lr_warmup_iters}, to {args.min_lr:g} at {decay}"
         if args.lr_warmup_iters
         else f"{args.lr_decay_style}: {args.lr:g} to {args.min_lr:g} at {decay}",
@@ -363,11 +374,10 @@ def _print_banner(setup: RunSetup, reason: str, prepared: Prepared, tokenizer: T
     }
     for name, text in lines.items():
         print(f"{name:14s} {text}")
-    print(prepared.report.table())
-    print(text_histogram(prepared.train.sample_tokens, max_length=args.max_length))
+    print(data.table(args.max_length))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("first sample, trained tokens " + ("in green:" if colour else "in ⟦ ⟧:"))
-    print(render_sample(prepared.first, tokenizer, colour=colour), flush=True)
+    print(render_sample(data.first, tokenizer, colour=colour), flush=True)
 
 
 def _evaluation_line(setup: RunSetup) -> str:

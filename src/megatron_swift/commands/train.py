@@ -21,12 +21,14 @@ from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import TORCH_DTYPES
 from megatron_swift.commands.engine_options import engine_options, sizes
 from megatron_swift.commands.resuming import NothingLeft, remove_unused, resumed_state, run_settings
+from megatron_swift.commands.run_data import open_rows
 from megatron_swift.commands.saving import RunFolder, checkpoint_to_load, run_folder, saving
 from megatron_swift.commands.setup import RunSetup
+from megatron_swift.commands.stream_places import load_places, places_file
 from megatron_swift.data.cache import PackedRows
-from megatron_swift.data.loader import TrainLoader, eval_batches
+from megatron_swift.data.loader import Layout, StreamLoader, TrainLoader, eval_batches
 from megatron_swift.data.order import Order
-from megatron_swift.data.prepare import open_prepared
+from megatron_swift.data.streaming import Place
 from megatron_swift.parallel import mesh as meshes
 from megatron_swift.parallel.engine import Engine, build_engine
 from megatron_swift.parallel.mesh import Mesh
@@ -50,7 +52,7 @@ from megatron_swift.utils.stop import SIGNALS, StopRequest, listening
 
 @dataclasses.dataclass
 class _Run:
-    """The parts of a training run on this rank."""
+    """The parts of a training run on this rank. places: where the lanes of streamed rows go on."""
 
     setup: RunSetup
     folder: RunFolder
@@ -60,6 +62,7 @@ class _Run:
     specs: dict[str, TensorSpec]
     loss_scale: LossScale
     state: TrainState
+    places: dict[int, Place]
 
 
 def run(setup: RunSetup, *, started: float | None = None) -> None:
@@ -84,8 +87,8 @@ def _train(setup: RunSetup, folder: RunFolder, mesh: Mesh, request: StopRequest,
     marks = [("processes", time.time())]
     parts = _build(setup, folder, mesh)
     marks.append(("model and weights", time.time()))
-    prepared = open_prepared(setup.data)
-    steps = _train_batches(parts, prepared.train)
+    rows, val_rows = open_rows(setup.data, setup.stream, setup.val_data)
+    steps = _train_batches(parts, rows)
     outputs = _outputs(setup, folder.path, mesh) if mesh.rank == 0 else None
     if mesh.rank == 0:
         _say_start(parts, started, marks)
@@ -98,8 +101,8 @@ def _train(setup: RunSetup, folder: RunFolder, mesh: Mesh, request: StopRequest,
             state=parts.state,
             steps=steps,
             actions=Actions(
-                evaluate=_evaluation(setup, parts, prepared.val),
-                save=lambda state: saver.save(_snapshot(parts, state), state.iteration),
+                evaluate=_evaluation(setup, parts, val_rows),
+                save=lambda state: saver.save(_snapshot(parts, state, steps), state.iteration),
                 stop=lambda: _agreed(request, mesh),
             ),
             outputs=outputs,
@@ -153,6 +156,7 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
         momentum=args.sgd_momentum,
     )
     loss_scale, state = LossScale.for_dtype(setup.dtype), TrainState()
+    places: dict[int, Place] = {}
     _agree_on_start(setup, folder)
     if setup.load is None:
         load_weights(engine.shards, specs, HuggingFaceWeights(setup.model_dir, cfg))
@@ -161,6 +165,8 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
         checkpoint = checkpoint_to_load(setup.load, folder, older=setup.older or ())
         if not args.finetune:  # before the tensors are looked at: it says more than that their shapes differ
             state = resumed_state(setup, checkpoint, ranks=mesh.world_size, speaks=mesh.rank == 0)
+            if setup.stream is not None and state.data == setup.data.name:
+                places = load_places(checkpoint, lanes=setup.stream.lanes)
         source = MegatronWeights(checkpoint, specs, num_layers=cfg.num_layers)
         load_training_weights(engine.shards, specs, source)
         optimizer = Optimizer(engine.shards, decay)
@@ -171,7 +177,7 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
             if not args.no_load_rng:
                 folder.group.together(checkpoint, lambda: load_rng(checkpoint, mesh))
     state.data, state.settings = setup.data.name, run_settings(setup, ranks=mesh.world_size)
-    return _Run(setup, folder, mesh, engine, optimizer, specs, loss_scale, state)
+    return _Run(setup, folder, mesh, engine, optimizer, specs, loss_scale, state, places)
 
 
 def _agree_on_start(setup: RunSetup, folder: RunFolder) -> None:
@@ -185,9 +191,29 @@ def _agree_on_start(setup: RunSetup, folder: RunFolder) -> None:
         )
 
 
-def _train_batches(parts: _Run, rows: PackedRows) -> TrainLoader:
+def _train_batches(parts: _Run, rows: PackedRows | None) -> TrainLoader | StreamLoader:
     setup, mesh, state = parts.setup, parts.mesh, parts.state
     args = setup.args
+    if rows is None:
+        assert setup.stream is not None
+        layout = Layout(
+            mesh.dp_rank,
+            mesh.dp_size,
+            args.micro_batch_size,
+            args.global_batch_size,
+            parts.engine.row_multiple,
+            setup.pad_id,
+            parts.engine.segment_multiple,
+        )
+        return StreamLoader(
+            setup.stream,
+            layout,
+            places=parts.places,
+            num_steps=setup.train_iters - state.iteration,
+            num_workers=args.num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=mesh.device.type == "cuda",
+        )
     order = Order(len(rows), seed=args.seed, shuffle=args.dataloader_type == "cyclic")
     return TrainLoader(
         rows,
@@ -303,9 +329,9 @@ def _say_start(parts: _Run, started: float | None, marks: list[tuple[str, float]
         print(f"{'start':14s} {before - started:.1f} s since the command: {', '.join(times)}", flush=True)
 
 
-def _snapshot(parts: _Run, state: TrainState) -> Snapshot:
+def _snapshot(parts: _Run, state: TrainState, steps: TrainLoader | StreamLoader) -> Snapshot:
     setup, args = parts.setup, parts.setup.args
-    return take_snapshot(
+    snapshot = take_snapshot(
         mesh=parts.mesh,
         shards=parts.engine.shards,
         specs=parts.specs,
@@ -315,3 +341,7 @@ def _snapshot(parts: _Run, state: TrainState) -> Snapshot:
         optimizer=None if args.no_save_optim else parts.optimizer,
         save_rng=not args.no_save_rng,
     )
+    if isinstance(steps, StreamLoader) and parts.mesh.speaks_for_batch:
+        name, content = places_file(parts.mesh.dp_rank, steps.places)
+        snapshot = dataclasses.replace(snapshot, files={**snapshot.files, name: content})
+    return snapshot

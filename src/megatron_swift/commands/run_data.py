@@ -1,0 +1,152 @@
+"""The rows of a run, however they are come by: encoded before training, or read while it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_swift.args.commands import TrainArguments
+from megatron_swift.data.cache import PackedRows
+from megatron_swift.data.histogram import text_histogram
+from megatron_swift.data.prepare import DataOptions, Prepared, open_prepared, prepare
+from megatron_swift.data.registry import Identity
+from megatron_swift.data.sources import find_source, make_lookup
+from megatron_swift.data.streaming import Lane, Stream, StreamOptions, open_stream
+from megatron_swift.data.tokenizer import Tokenizer
+from megatron_swift.data.types import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """name : the fingerprint of the training rows, in its last component.
+
+    stream         : what to train on, None where `prepared` has it.
+    prepared       : rows on disk: of training and validation, or of validation only where training rows are streamed.
+    first          : the first training sample, to show.
+    """
+
+    name: Path
+    stream: Stream | None
+    prepared: Prepared | None
+    first: Sample
+
+    @property
+    def num_rows(self) -> int:
+        """Training rows; 0 where nobody has counted them."""
+        return 0 if self.prepared is None or self.stream is not None else len(self.prepared.train)
+
+    @property
+    def num_val_rows(self) -> int:
+        """Rows to evaluate on."""
+        rows = _validation(self.prepared, self.stream)
+        return len(rows) if rows is not None else 0
+
+    @property
+    def val_folder(self) -> Path | None:
+        """Where the validation rows lie, of a run whose training rows are streamed."""
+        return self.prepared.folder if self.stream is not None and self.prepared is not None else None
+
+    @property
+    def val_rows(self) -> list[dict[str, Any]]:
+        """The validation rows that were split off."""
+        return self.prepared.val_rows if self.prepared is not None else []
+
+    def report(self) -> dict[str, Any]:
+        """For data_report.json."""
+        prepared = self.prepared.report.as_json() if self.prepared is not None else None
+        if self.stream is None:
+            assert prepared is not None
+            return prepared
+        return {"streaming": _facts(self.stream), "validation": prepared}
+
+    def table(self, max_length: int | None) -> str:
+        """The report for people."""
+        if self.stream is None:
+            assert self.prepared is not None
+            lengths = self.prepared.train.sample_tokens
+            return f"{self.prepared.report.table()}\n{text_histogram(lengths, max_length=max_length)}"
+        facts = _facts(self.stream)
+        line = (
+            f"data: {facts['files']} files, {facts['bytes'] / 1e6:.1f} MB, read while training in {facts['blocks']} blocks by "
+            f"{facts['lanes']} lanes of {facts['window']} rows"
+        )
+        return line if self.prepared is None else f"{line}\nvalidation {self.prepared.report.table()}"
+
+
+def _facts(stream: Stream) -> dict[str, Any]:
+    return {
+        "files": sum(len(blocks.parts) for blocks in stream.sets),
+        "bytes": stream.num_bytes,
+        "blocks": sum(len(blocks) for blocks in stream.sets),
+        "lanes": stream.lanes,
+        "window": stream.options.window,
+        "fingerprint": stream.fingerprint,
+    }
+
+
+def prepare_data(args: TrainArguments, options: DataOptions, tokenizer: Tokenizer) -> RunData:
+    """The rows that the arguments ask for. Raises as `prepare` does; of streamed rows the first ones are read."""
+    if not args.streaming:
+        prepared = prepare(options, tokenizer)
+        return RunData(name=prepared.folder, stream=None, prepared=prepared, first=prepared.first)
+    lookup = make_lookup(
+        use_hf=options.use_hf,
+        hub_token=options.hub_token,
+        download_mode=options.download_mode,
+        custom_dataset_info=options.custom_dataset_info,
+        custom_register_path=options.custom_register_path,
+    )
+    sources = [find_source(value, lookup=lookup) for value in options.dataset]
+    stream = open_stream(sources, tokenizer, stream_options(args, options), lanes=args.global_batch_size)
+    first = next(Lane(stream, 0))[0]
+    val = None
+    if options.val_dataset:
+        alone = dataclasses.replace(
+            options,
+            dataset=options.val_dataset,
+            val_dataset=(),
+            split_dataset_ratio=0.0,
+            dataset_shuffle=options.val_dataset_shuffle,
+            interleave_prob=None,
+            stopping_strategy="first_exhausted",
+        )
+        val = prepare(alone, tokenizer)
+    return RunData(name=Path(stream.fingerprint), stream=stream, prepared=val, first=first)
+
+
+def stream_options(args: TrainArguments, options: DataOptions) -> StreamOptions:
+    """The part of the options that decides how streamed rows become samples and packs."""
+    assert not isinstance(options.template, str)
+    return StreamOptions(
+        template=options.template,
+        system=options.system,
+        max_length=options.max_length,
+        truncation=options.truncation,
+        loss_scale=options.loss_scale,
+        packing=options.packing,
+        strict=options.strict,
+        columns=tuple(options.columns.items()),
+        identity=Identity(options.model_name, options.model_author),
+        seed=options.data_seed,
+        shuffle=options.dataset_shuffle,
+        window=args.shuffle_buffer_size,
+        probabilities=options.interleave_prob,
+    )
+
+
+def open_rows(
+    data: Path, stream: Stream | None, val_folder: Path | None
+) -> tuple[PackedRows | None, PackedRows | None]:
+    """On a rank: the training rows, None where they are streamed, and the validation rows, None where there are none."""
+    if stream is None:
+        prepared = open_prepared(data)
+        return prepared.train, prepared.val
+    return None, _validation(open_prepared(val_folder) if val_folder is not None else None, stream)
+
+
+def _validation(prepared: Prepared | None, stream: Stream | None) -> PackedRows | None:
+    if prepared is None:
+        return None
+    return prepared.val if stream is None else prepared.train
