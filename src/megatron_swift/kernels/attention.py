@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_swift.kernels.dense_attention import cudnn_is_fastest, dense_attention, is_even
+from megatron_swift.kernels.dropout import Noise
 
 # Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and the segments of packed rows all differ.
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -23,11 +24,13 @@ class Segments:
     """Where the segments of a packed row lie.
 
     lengths : in order, summing to T.  cumulative : int32 [num + 1] on the row's device.  longest : the largest length.
+    noise   : what dropout is drawn from; None where nothing is dropped, as in evaluation.
     """
 
     lengths: tuple[int, ...]
     cumulative: Tensor
     longest: int
+    noise: Noise | None = field(default=None, kw_only=True)
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:

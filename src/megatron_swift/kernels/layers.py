@@ -42,6 +42,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` of the first dims of each head, as many as cos has; the others stay as they are."""
+    turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    return torch.cat((rotate(turned, cos, sin), rest), dim=-1)
+
+
+def no_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: positions enter elsewhere, or nowhere."""
+    return x
+
+
 def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [T, groups, n + 2, d]: each group's n query heads, its key, its value -> q [T, groups * n, d], k, v [T, groups, d]."""
     tokens, _, rows, dim = qkv.shape

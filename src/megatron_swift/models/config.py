@@ -14,6 +14,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
+class LayerNames:
+    """How a Hugging Face folder calls the matrices of a dense layer. qkv, gate_up: the one tensor that holds all of them, "" where none does."""
+
+    up: str = "up_proj"
+    down: str = "down_proj"
+    qkv: str = ""
+    gate_up: str = ""
+
+
+@dataclass(frozen=True)
 class ExpertNames:
     """How a Hugging Face folder calls a layer's mixture of experts and the three matrices of one of them."""
 
@@ -52,6 +62,11 @@ class ModelConfig:
 
     kv_channels is the size of one attention head; num_query_groups the number of key/value heads; rope_scaling the dict of
     config.json (None: unscaled). dtype is the type the weights are stored in ("float32", "bfloat16", "float16").
+    normalization         : RMSNorm or LayerNorm, which has a bias; of q and k heads, too.
+    swiglu                : the MLP and experts are gated by SiLU; otherwise one matrix and GELU (exact, by the error function).
+    linear_bias           : every linear layer of attention and dense MLP has a bias; qkv_bias is true then.
+    position_embedding_type : rope, learned_absolute or none.  rotary_percent: the share of each head's dims, the first ones, that rope turns.
+    names                 : where a Hugging Face folder differs from the usual.
     """
 
     num_layers: int
@@ -69,7 +84,23 @@ class ModelConfig:
     qkv_bias: bool
     qk_layernorm: bool
     dtype: str
+    normalization: str = "RMSNorm"
+    swiglu: bool = True
+    linear_bias: bool = False
+    position_embedding_type: str = "rope"
+    rotary_percent: float = 1.0
+    names: LayerNames = LayerNames()
     moe: MoEConfig | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that are turned by its position."""
+        return int(self.kv_channels * self.rotary_percent) if self.position_embedding_type == "rope" else 0
+
+    @property
+    def fc1_parts(self) -> int:
+        """Matrices that lie one after the other in linear_fc1: gate and up, or up alone."""
+        return 2 if self.swiglu else 1
 
     @property
     def qkv_rows(self) -> int:
@@ -88,12 +119,13 @@ class ModelConfig:
     def active_parameters(self, layer: int) -> int:
         """Parameters of a layer's matrices that one token meets: of the routed experts, those it goes to."""
         attention = self.qkv_rows + self.num_attention_heads * self.kv_channels
+        matrices = self.fc1_parts + 1
         if not self.is_sparse(layer):
-            return self.hidden_size * (attention + 3 * self.ffn_hidden_size)
+            return self.hidden_size * (attention + matrices * self.ffn_hidden_size)
         assert self.moe is not None
         inner = self.moe.topk * self.moe.ffn_hidden_size + self.moe.shared_size
         gates = self.moe.num_experts + (1 if self.moe.shared_size else 0)
-        return self.hidden_size * (attention + 3 * inner + gates)
+        return self.hidden_size * (attention + matrices * inner + gates)
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed."""
@@ -113,8 +145,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def common_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """The ModelConfig fields that every family reads the same way; a family adds qkv_bias and qk_layernorm."""
+def common_fields(
+    hf: dict[str, Any], *, activations: tuple[str, ...] = ("silu", "swish"), epsilon: str = "rms_norm_eps"
+) -> dict[str, Any]:
+    """The ModelConfig fields that every family reads the same way; a family adds qkv_bias and qk_layernorm.
+
+    activations : what hidden_act may be.  epsilon: the key of the norms' epsilon.
+    """
     heads = _need(hf, "num_attention_heads")
     hidden = _need(hf, "hidden_size")
     groups = hf.get("num_key_value_heads") or heads
@@ -123,7 +160,7 @@ def common_fields(hf: dict[str, Any]) -> dict[str, Any]:
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
         )
     for key, legal in (
-        ("hidden_act", ("silu", "swish")),
+        ("hidden_act", activations),
         ("mlp_bias", (False, None)),
         ("use_sliding_window", (False, None)),
     ):
@@ -141,7 +178,7 @@ def common_fields(hf: dict[str, Any]) -> dict[str, Any]:
         kv_channels=hf.get("head_dim") or hidden // heads,
         vocab_size=_need(hf, "vocab_size"),
         max_position_embeddings=hf.get("max_position_embeddings", 2048),
-        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        norm_epsilon=hf.get(epsilon, 1e-6),
         rotary_base=base,
         rope_scaling=scaling,
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
@@ -180,8 +217,14 @@ def read_rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
         raise CheckpointError(
             f"config.json: rope_type {kind!r} is not supported", do="supported are default, linear, llama3 and yarn"
         )
-    rest = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type")}
+    rest = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type", "partial_rotary_factor")}
     return float(base), {**rest, "rope_type": kind}
+
+
+def read_rotary_percent(hf: dict[str, Any], default: float = 1.0) -> float:
+    """`partial_rotary_factor`, which transformers 5 keeps among `rope_parameters`."""
+    where = hf.get("rope_parameters") or {}
+    return float(where.get("partial_rotary_factor", hf.get("partial_rotary_factor", default)))
 
 
 def read_dtype(hf: dict[str, Any]) -> str:

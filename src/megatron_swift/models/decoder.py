@@ -10,9 +10,20 @@ from torch import Tensor, nn
 
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.kernels.cross_entropy import linear_cross_entropy
+from megatron_swift.kernels.dropout import dropout
 from megatron_swift.kernels.layers import LayerKernels
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.models.layers import MLP, Attention, Embedding, Linear, NormLinear, RMSNorm, Seam, identity
+from megatron_swift.models.layers import (
+    Attention,
+    Embedding,
+    Linear,
+    NormLinear,
+    RMSNorm,
+    Seam,
+    identity,
+    make_mlp,
+    make_norm,
+)
 from megatron_swift.models.moe import Experts, MoELayer
 from megatron_swift.models.rope import Rotary
 from megatron_swift.models.routing import Routing
@@ -21,22 +32,41 @@ LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Rotation = tuple[Tensor, Tensor]
 
 
+# Which dropout of the model it is: 3 of layer i from 3 * i on, and the embedding's.
+_EMBEDDING, _PER_LAYER = -1, 3
+
+
 class TransformerLayer(nn.Module):
-    """Pre-norm attention and MLP, or experts, with residual connections. `number` counts from 0 over the whole model."""
+    """Pre-norm attention and MLP, or experts, with residual connections. `number` counts from 0 over the whole model.
+
+    hidden_dropout : the share of what attention and MLP add that is dropped, in rows that bring noise.
+    """
 
     def __init__(self, cfg: ModelConfig, number: int):
         super().__init__()
+        self.number, self.hidden_dropout = number, 0.0
         self.self_attention = Attention(cfg)
         # A dense MLP has its norm inside, under Megatron-Core's names; the router and all experts share one.
-        self.pre_mlp_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon) if cfg.is_sparse(number) else None
-        self.mlp = MoELayer(cfg, number) if cfg.is_sparse(number) else MLP(cfg)
+        self.pre_mlp_layernorm = make_norm(cfg, cfg.hidden_size) if cfg.is_sparse(number) else None
+        self.mlp = MoELayer(cfg, number) if cfg.is_sparse(number) else make_mlp(cfg)
+
+    @property
+    def streams(self) -> tuple[int, int, int]:
+        """The numbers of this layer's dropouts: of attention weights, after attention, after the MLP."""
+        first = _PER_LAYER * self.number
+        return first, first + 1, first + 2
 
     def forward(self, x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None = None) -> Tensor:
         """x [T, H] -> [T, H]."""
-        x = x + self.self_attention(x, rotary, segments)
+        x = x + self._dropped(self.self_attention(x, rotary, segments), segments, self.streams[1])
         if self.pre_mlp_layernorm is None:
-            return x + self.mlp(x)
-        return x + self.mlp(self.pre_mlp_layernorm(x), routing)
+            return x + self._dropped(self.mlp(x), segments, self.streams[2])
+        return x + self._dropped(self.mlp(self.pre_mlp_layernorm(x), routing), segments, self.streams[2])
+
+    def _dropped(self, y: Tensor, segments: Segments, stream: int) -> Tensor:
+        if segments.noise is None or not self.hidden_dropout:
+            return y
+        return dropout(y, self.hidden_dropout, segments.noise, stream)
 
 
 # run(layers, x [T, H], cos and sin, segments, routing) -> [T, H]
@@ -76,15 +106,32 @@ class Blocks(nn.Module):
     def __init__(self, cfg: ModelConfig, layers: range, *, last: bool):
         super().__init__()
         self.layers = nn.ModuleDict({str(i): TransformerLayer(cfg, i) for i in layers})
-        self.final_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon) if last else None
+        self.final_layernorm = make_norm(cfg, cfg.hidden_size) if last else None
 
 
 class TokenEmbedding(nn.Module):
-    """Holds `word_embeddings`, for Megatron-Core's name of it."""
+    """`word_embeddings` and, where positions are learned and this is the first stage, `position_embeddings`.
 
-    def __init__(self, cfg: ModelConfig):
+    `own` takes out of a tensor of a row's tokens those whose hidden states this rank holds.
+    """
+
+    own: Seam
+
+    def __init__(self, cfg: ModelConfig, *, first: bool):
         super().__init__()
         self.word_embeddings = Embedding(cfg.vocab_size, cfg.hidden_size)
+        learned = first and cfg.position_embedding_type == "learned_absolute"
+        self.position_embeddings = Embedding(cfg.max_position_embeddings, cfg.hidden_size) if learned else None
+        self.own = identity
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens, positions int64 [T] -> [T, H]."""
+        x = self.word_embeddings(tokens)
+        if self.position_embeddings is None:
+            return x  # type: ignore[no-any-return]
+        # Padding of a segment to a multiple (context parallelism) may lie beyond the last position.
+        known = positions.clamp(max=len(self.position_embeddings.weight) - 1)
+        return x + self.position_embeddings(self.own(known))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -98,12 +145,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg, self.first, self.last = cfg, first, last
         self.rotary = Rotary(cfg)
-        self.embedding = TokenEmbedding(cfg) if first or (last and cfg.tied_embeddings) else None
+        self.embedding = TokenEmbedding(cfg, first=first) if first or (last and cfg.tied_embeddings) else None
         self.decoder = Blocks(cfg, layers if layers is not None else range(cfg.num_layers), last=last)
         self.output_layer = Linear(cfg.hidden_size, cfg.vocab_size) if last and not cfg.tied_embeddings else None
         self.loss_function: LossFunction = linear_cross_entropy
         self.enter: Seam = identity  # before the output layer, as in NormLinear
         self.run_layers: LayerRunner = run_layers  # recomputation is put there
+        self.hidden_dropout = 0.0
 
     @property
     def layers(self) -> list[TransformerLayer]:
@@ -120,6 +168,12 @@ class Decoder(nn.Module):
         for attention in self.attentions:
             attention.core = core
 
+    def set_hidden_dropout(self, p: float) -> None:
+        """Drop a share of the embeddings and of what each layer adds, in rows that bring noise."""
+        self.hidden_dropout = p
+        for layer in self.layers:
+            layer.hidden_dropout = p
+
     def set_kernels(self, kernels: LayerKernels) -> None:
         """Use these forms of what lies between the matrix products, everywhere."""
         for module in self.modules():
@@ -135,7 +189,9 @@ class Decoder(nn.Module):
         """tokens int64 [T] (first stage) or hidden [T, H] -> hidden [T, H], normalised on the last stage."""
         if self.first:
             assert self.embedding is not None
-            x = self.embedding.word_embeddings(x)
+            x = self.embedding(x, positions)
+            if segments.noise is not None and self.hidden_dropout:
+                x = dropout(x, self.hidden_dropout, segments.noise, _EMBEDDING)
         x = self.run_layers(self.layers, x, self.rotary(positions, x.dtype), segments, routing)
         return x if self.decoder.final_layernorm is None else self.decoder.final_layernorm(x)
 

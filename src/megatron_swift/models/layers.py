@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_swift.kernels.attention import AttentionCore, Segments, plain_attention
-from megatron_swift.kernels.layers import PLAIN, rotate, split_qkv
+from megatron_swift.kernels.layers import PLAIN, no_rotation, rotate, rotate_first, split_qkv
 from megatron_swift.models.config import ModelConfig
 
 # The seams where tensor parallelism puts its collectives; on one device each is the identity.
@@ -44,8 +44,25 @@ class RMSNorm(nn.Module):
         return self.kernels.norm(x, self.weight, self.epsilon)
 
 
+class LayerNorm(nn.Module):
+    """Like RMSNorm; besides, the mean is taken off and a bias added. torch's own kernel, on every device."""
+
+    def __init__(self, size: int, epsilon: float):
+        super().__init__()
+        self.weight, self.bias = new_parameter(size), new_parameter(size)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+def make_norm(cfg: ModelConfig, size: int) -> RMSNorm | LayerNorm:
+    """A norm of the model's kind over the last dim of `size`."""
+    return (RMSNorm if cfg.normalization == "RMSNorm" else LayerNorm)(size, cfg.norm_epsilon)
+
+
 class Linear(nn.Module):
-    """y = x W^T, W [out, in]. `leave` is applied to y: the sum over ranks, where each holds some of the columns.
+    """y = x W^T (+ bias), W [out, in]. `leave` is applied to x W^T: the sum over ranks, where each holds some of the columns.
 
     `enter` is applied to x: where ranks hold some of the rows each, it makes the gradient of the input whole.
     """
@@ -53,43 +70,56 @@ class Linear(nn.Module):
     enter: Seam
     leave: Seam
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False):
         super().__init__()
         self.weight = new_parameter(out_features, in_features)
+        self.bias = new_parameter(out_features) if bias else None
         self.enter = self.leave = identity
         self.kernels = PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(F.linear(self.enter(x), self.weight))
+        return self.with_bias(self.leave(F.linear(self.enter(x), self.weight)))
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """forward(silu(gate) * up), gate_up [T, 2 * in_features]: gates, then ups."""
         if self.enter is not identity:
             return self(self.kernels.swiglu(gate_up))
-        return self.leave(self.kernels.swiglu_linear(gate_up, self.weight))
+        return self.with_bias(self.leave(self.kernels.swiglu_linear(gate_up, self.weight)))
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """y, whole over the ranks, plus the bias."""
+        return y if self.bias is None else y + self.bias
 
 
 class NormLinear(nn.Module):
-    """A linear layer that first applies its RMSNorm; one module, because Megatron-Core saves both under one name.
+    """A linear layer that first applies its norm; one module, because Megatron-Core saves both under one name.
 
-    `enter` stands between the two, as in Linear.
+    `enter` stands between the two, as in Linear. The norm is a LayerNorm where there is a layer_norm_bias.
     """
 
     enter: Seam
 
-    def __init__(self, in_features: int, out_features: int, epsilon: float, *, bias: bool = False):
+    def __init__(
+        self, in_features: int, out_features: int, epsilon: float, *, bias: bool = False, layer_norm: bool = False
+    ):
         super().__init__()
         self.layer_norm_weight = new_parameter(in_features)
+        self.layer_norm_bias = new_parameter(in_features) if layer_norm else None
         self.weight = new_parameter(out_features, in_features)
         self.bias = new_parameter(out_features) if bias else None
         self.epsilon, self.kernels = epsilon, PLAIN
         self.enter = identity
 
+    def normalise(self, x: Tensor) -> Tensor:
+        """The norm alone."""
+        if self.layer_norm_bias is not None:
+            return F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.epsilon)
+        return self.kernels.norm(x, self.layer_norm_weight, self.epsilon)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.enter is identity:
+        if self.enter is identity and self.layer_norm_bias is None:
             return self.kernels.norm_linear(x, self.layer_norm_weight, self.weight, self.bias, self.epsilon)
-        normalised = self.kernels.norm(x, self.layer_norm_weight, self.epsilon)
-        return F.linear(self.enter(normalised), self.weight, self.bias)
+        return F.linear(self.enter(self.normalise(x)), self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -106,31 +136,51 @@ class Embedding(nn.Module):
         return self.lookup(tokens, self.weight)
 
 
+# turn(q or k [T, heads, d], cos and sin [T, 1, rotary dims]) -> the same shape
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def choose_turn(cfg: ModelConfig) -> Turn:
+    """How queries and keys are turned by their positions: wholly, in their first dims, or not at all."""
+    if cfg.rotary_dim == cfg.kv_channels:
+        return rotate
+    return rotate_first if cfg.rotary_dim else no_rotation
+
+
 class Attention(nn.Module):
     """Grouped-query attention. `core` is the seam: a kernel, a context-parallel form or a KV cache is put there."""
 
     core: AttentionCore
+    turn: Turn
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.head_dim, self.heads_per_group = cfg.kv_channels, cfg.heads_per_group
-        self.linear_qkv = NormLinear(cfg.hidden_size, cfg.qkv_rows, cfg.norm_epsilon, bias=cfg.qkv_bias)
-        self.linear_proj = Linear(cfg.num_attention_heads * cfg.kv_channels, cfg.hidden_size)
-        self.q_layernorm = RMSNorm(cfg.kv_channels, cfg.norm_epsilon) if cfg.qk_layernorm else None
-        self.k_layernorm = RMSNorm(cfg.kv_channels, cfg.norm_epsilon) if cfg.qk_layernorm else None
-        self.core, self.kernels = plain_attention, PLAIN
+        self.linear_qkv = NormLinear(
+            cfg.hidden_size,
+            cfg.qkv_rows,
+            cfg.norm_epsilon,
+            bias=cfg.qkv_bias,
+            layer_norm=cfg.normalization == "LayerNorm",
+        )
+        self.linear_proj = Linear(cfg.num_attention_heads * cfg.kv_channels, cfg.hidden_size, bias=cfg.linear_bias)
+        self.q_layernorm = make_norm(cfg, cfg.kv_channels) if cfg.qk_layernorm else None
+        self.k_layernorm = make_norm(cfg, cfg.kv_channels) if cfg.qk_layernorm else None
+        self.core, self.kernels, self.turn = plain_attention, PLAIN, choose_turn(cfg)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, d]. Heads are counted from the weight: a rank may hold some of them."""
+        """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, dims]. Heads are counted from the weight: a rank may hold some of them."""
         qkv = self.linear_qkv(x)
         tokens = qkv.shape[0]
         # Rows are ordered by query group: its query heads, then its key, then its value.
         grouped = qkv.view(tokens, -1, self.heads_per_group + 2, self.head_dim)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k, v = split_qkv(grouped)
-            q, k = rotate(self.q_layernorm(q), *rotary), rotate(self.k_layernorm(k), *rotary)
-        else:
+        if self.q_layernorm is None and self.turn is rotate:
             q, k, v = self.kernels.split_rotate(grouped, *rotary)
+        else:
+            q, k, v = split_qkv(grouped)
+            if self.q_layernorm is not None and self.k_layernorm is not None:
+                q, k = self.q_layernorm(q), self.k_layernorm(k)
+            q, k = self.turn(q, *rotary), self.turn(k, *rotary)
         return self.linear_proj(self.core(q, k, v, segments).reshape(tokens, -1))
 
 
@@ -139,9 +189,28 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.linear_fc1 = NormLinear(cfg.hidden_size, 2 * cfg.ffn_hidden_size, cfg.norm_epsilon)
-        self.linear_fc2 = Linear(cfg.ffn_hidden_size, cfg.hidden_size)
+        self.linear_fc1 = NormLinear(
+            cfg.hidden_size,
+            cfg.fc1_parts * cfg.ffn_hidden_size,
+            cfg.norm_epsilon,
+            bias=cfg.linear_bias,
+            layer_norm=cfg.normalization == "LayerNorm",
+        )
+        self.linear_fc2 = Linear(cfg.ffn_hidden_size, cfg.hidden_size, bias=cfg.linear_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
         return self.linear_fc2.after_swiglu(self.linear_fc1(x))
+
+
+class GeluMLP(MLP):
+    """linear_fc2(gelu(linear_fc1)), the GELU by the error function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+def make_mlp(cfg: ModelConfig) -> MLP:
+    """The dense MLP of the model's kind."""
+    return (MLP if cfg.swiglu else GeluMLP)(cfg)

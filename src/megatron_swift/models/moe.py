@@ -107,24 +107,27 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of a rank. linear_fc1.weight holds each expert's 2F rows (gate, up) one after the other, linear_fc2.weight H rows each.
+    """The experts of a rank. linear_fc1.weight holds each expert's 2F rows (gate, up; F rows for GELU) one after the other,
+    linear_fc2.weight H rows each.
 
     Held as matrices, they are sharded, saved and stepped like every other parameter. `product` is the kernel.
     """
 
     product: GroupedLinear
 
-    def __init__(self, cfg: MoEConfig, hidden_size: int):
+    def __init__(self, cfg: MoEConfig, hidden_size: int, *, swiglu: bool):
         super().__init__()
         self.number = cfg.num_experts if cfg.experts_here is None else cfg.experts_here
-        self.linear_fc1 = Linear(hidden_size, self.number * 2 * cfg.ffn_hidden_size)
+        self.swiglu = swiglu
+        self.linear_fc1 = Linear(hidden_size, self.number * (2 if swiglu else 1) * cfg.ffn_hidden_size)
         self.linear_fc2 = Linear(cfg.ffn_hidden_size, self.number * hidden_size)
         self.product, self.kernels = looped_linear, PLAIN
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [N, H] in order of expert, counts int64 [experts of this rank] -> [N, H]."""
         first, second = (w.weight.view(self.number, -1, w.weight.shape[1]) for w in (self.linear_fc1, self.linear_fc2))
-        return self.product(self.kernels.swiglu(self.product(x, first, counts)), second, counts)
+        inner = self.product(x, first, counts)
+        return self.product(self.kernels.swiglu(inner) if self.swiglu else F.gelu(inner), second, counts)
 
 
 # dispatch(x [T, H], choice, experts) -> [T, H], the weighted sum of each token's experts
@@ -138,17 +141,20 @@ def dispatch_here(x: Tensor, choice: Choice, experts: Experts) -> Tensor:
 
 
 class SharedExperts(nn.Module):
-    """The expert that every token goes to: a SwiGLU MLP times the sigmoid of x gate_weight^T, gate_weight [1, H]."""
+    """The expert that every token goes to: a SwiGLU (or GELU) MLP times the sigmoid of x gate_weight^T, gate_weight [1, H]."""
 
-    def __init__(self, hidden_size: int, size: int):
+    def __init__(self, hidden_size: int, size: int, *, swiglu: bool):
         super().__init__()
-        self.linear_fc1 = Linear(hidden_size, 2 * size)
+        self.swiglu = swiglu
+        self.linear_fc1 = Linear(hidden_size, (2 if swiglu else 1) * size)
         self.linear_fc2 = Linear(size, hidden_size)
         self.gate_weight = new_parameter(1, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
-        return self.linear_fc2.after_swiglu(self.linear_fc1(x)) * torch.sigmoid(F.linear(x, self.gate_weight))
+        inner, after = self.linear_fc1(x), self.linear_fc2
+        y = after.after_swiglu(inner) if self.swiglu else after(F.gelu(inner))
+        return y * torch.sigmoid(F.linear(x, self.gate_weight))
 
 
 class MoELayer(nn.Module):
@@ -163,8 +169,9 @@ class MoELayer(nn.Module):
         super().__init__()
         assert cfg.moe is not None
         self.router = Router(cfg.moe, cfg.hidden_size, number)
-        self.experts = Experts(cfg.moe, cfg.hidden_size)
-        self.shared_experts = SharedExperts(cfg.hidden_size, cfg.moe.shared_size) if cfg.moe.shared_size else None
+        self.experts = Experts(cfg.moe, cfg.hidden_size, swiglu=cfg.swiglu)
+        size = cfg.moe.shared_size
+        self.shared_experts = SharedExperts(cfg.hidden_size, size, swiglu=cfg.swiglu) if size else None
         self.dispatch, self.overlap = dispatch_here, False
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:

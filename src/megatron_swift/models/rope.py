@@ -12,11 +12,11 @@ from megatron_swift.models.config import ModelConfig
 
 
 def inverse_frequencies(cfg: ModelConfig) -> tuple[Tensor, float]:
-    """(inverse frequencies float32 [kv_channels / 2], factor for cos and sin).
+    """(inverse frequencies float32 [rotary dims / 2], factor for cos and sin).
 
     The float32 arithmetic is the one of transformers, so that both give the same angles.
     """
-    half = torch.arange(0, cfg.kv_channels, 2, dtype=torch.int64, device="cpu").to(torch.float32) / cfg.kv_channels
+    half = torch.arange(0, cfg.rotary_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / cfg.rotary_dim
     plain = 1.0 / (cfg.rotary_base**half)
     if cfg.rope_scaling is None:
         return plain, 1.0
@@ -51,14 +51,14 @@ def _yarn(plain: Tensor, cfg: ModelConfig) -> tuple[Tensor, float]:
     factor = scaling.get("factor") or cfg.max_position_embeddings / original
 
     def dimension(rotations: float) -> float:
-        return cfg.kv_channels * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rotary_base))
+        return cfg.rotary_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rotary_base))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, cfg.kv_channels - 1)
+    low, high = max(low, 0), min(high, cfg.rotary_dim - 1)
     span = high - low if high != low else 0.001
-    ramp = ((torch.arange(cfg.kv_channels // 2, dtype=torch.float32, device="cpu") - low) / span).clamp(0, 1)
+    ramp = ((torch.arange(cfg.rotary_dim // 2, dtype=torch.float32, device="cpu") - low) / span).clamp(0, 1)
     return plain / factor * ramp + plain * (1 - ramp), _yarn_factor(scaling, factor)
 
 
@@ -76,7 +76,7 @@ def _yarn_factor(scaling: dict[str, Any], factor: float) -> float:
 
 
 class Rotary:
-    """Angles for a packed row.
+    """Angles for a packed row; of no dims where the model has no rotation.
 
     Not a module: the frequencies must stay float32 on a real device, whatever happens to the parameters (meta device, bfloat16).
     """
@@ -85,7 +85,7 @@ class Rotary:
         self.inverse, self.factor = inverse_frequencies(cfg)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions int64 [T] -> cos, sin [T, 1, kv_channels] in `dtype`; the angles are float32."""
+        """positions int64 [T] -> cos, sin [T, 1, rotary dims] in `dtype`; the angles are float32."""
         if self.inverse.device != positions.device:
             self.inverse = self.inverse.to(positions.device)
         angles = positions.to(torch.float32)[:, None] * self.inverse

@@ -25,6 +25,7 @@ from megatron_swift.parallel import expert as expert_parallel
 from megatron_swift.parallel import tensor as tensor_parallel
 from megatron_swift.parallel.context import context_core, context_segments, zigzag
 from megatron_swift.parallel.data import Sharding
+from megatron_swift.parallel.dropout import Dropout, drop_attention, noise_of
 from megatron_swift.parallel.mesh import Axis, Mesh, part_of
 from megatron_swift.parallel.pipeline import Links, Pipeline
 from megatron_swift.parallel.recompute import Recompute, layer_runner, recomputed_core
@@ -55,6 +56,7 @@ class EngineOptions:
     chunks_per_rank : virtual pipeline stages on each rank. first_layers, last_layers : of the first and last stage, None: balanced.
     context_kind    : all_gather, p2p or a2a.
     fused_layers    : norms, rotation and SwiGLU as Triton kernels where they run.
+    dropout         : what is dropped in training, and the seed of it.
     router, dispatcher, grouped_experts, overlap_shared_expert : of a mixture of experts; see models.routing and parallel.expert.
     """
 
@@ -71,6 +73,7 @@ class EngineOptions:
     chunks_per_rank: int = 1
     first_layers: int | None = None
     last_layers: int | None = None
+    dropout: Dropout = field(default_factory=Dropout)
     router: RouterOptions = field(default_factory=RouterOptions)
     dispatcher: str = "alltoall"
     grouped_experts: bool = True
@@ -121,14 +124,27 @@ class Engine:
         return Counts(*(int(n) for n in self.mesh.sum([trained, tokens, squares, len(batches)])))
 
     def forward_backward(
-        self, batches: Sequence[Batch], *, num_tokens: int, num_rows: int = 1, loss_scale: float = 1.0
+        self,
+        batches: Sequence[Batch],
+        *,
+        num_tokens: int,
+        num_rows: int = 1,
+        loss_scale: float = 1.0,
+        iteration: int = 0,
     ) -> float:
         """Leave in the shards the gradient of (sum of token losses) / num_tokens over all ranks; returns the sum of token losses over all.
 
         num_tokens : trained tokens of the global batch. loss_scale : fp16's; it is divided out of the gradients again.
         num_rows   : micro-batches of the global batch: the routers' own losses are added as their mean over them.
+        iteration  : of the run: dropout takes other values in each.
         """
-        losses = self._run(batches, scale=loss_scale / num_tokens, train=True, router_scale=loss_scale / num_rows)
+        losses = self._run(
+            batches,
+            scale=loss_scale / num_tokens,
+            iteration=iteration,
+            train=True,
+            router_scale=loss_scale / num_rows,
+        )
         self.shards.pull(1.0 / loss_scale)
         return self._total(losses)[0] * num_tokens / loss_scale
 
@@ -148,7 +164,13 @@ class Engine:
         return self.mesh.sum([mine, *counts])
 
     def _run(
-        self, batches: Sequence[Batch], *, scale: float, train: bool, router_scale: float | None = None
+        self,
+        batches: Sequence[Batch],
+        *,
+        scale: float,
+        train: bool,
+        iteration: int = 0,
+        router_scale: float | None = None,
     ) -> list[Tensor]:
         """Forward (and backward) of every batch; the detached losses, each times scale. router_scale: of the routers' losses."""
         routed: list[Routing] = []
@@ -156,13 +178,23 @@ class Engine:
             wanted = None if router_scale is None else self._scalar(router_scale)
             together = self.options.sequence_parallel
             routed = routings(batches, self.mesh, sequence_parallel=together, scale=wanted)
-        rows = [
-            dataclasses.replace(self._row(batch), routing=routing) for batch, routing in zip_longest(batches, routed)
-        ]
+        rows = []
+        for number, (batch, routing) in enumerate(zip_longest(batches, routed)):
+            row = dataclasses.replace(self._row(batch), routing=routing)
+            if train and self.options.dropout.any:
+                row = self._with_noise(row, batch, (iteration, number * self.mesh.dp.size + self.mesh.dp.rank))
+            rows.append(row)
         losses = self._pass(rows, self._scalar(scale), train=train)
         if self.routers is not None and train:
             self.routers.add(routed)
         return losses
+
+    def _with_noise(self, row: Row, batch: Batch, place: tuple[int, int]) -> Row:
+        """place: the iteration, and the number of the micro-batch in its global batch."""
+        own = self.mesh.tp if self.options.sequence_parallel else Axis()
+        noise = noise_of(batch, cp=self.mesh.cp, own=own, seeds=(self.options.dropout.seed, *place))
+        noise = dataclasses.replace(noise, tokens=noise.tokens.to(self.mesh.device), own=noise.own.to(self.mesh.device))
+        return dataclasses.replace(row, segments=dataclasses.replace(row.segments, noise=noise))
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=self.exact_dtype, device=self.mesh.device)
@@ -318,6 +350,12 @@ def _install_attention(model: Decoder, mesh: Mesh, options: EngineOptions, kerne
         core = recomputed_core(core)
         kernels["attention"] += ", computed again in the backward pass"
     model.set_attention(core)
+    model.set_hidden_dropout(options.dropout.hidden)
+    if options.dropout.attention:
+        again = options.recompute.granularity == "selective"
+        kernels["attention"] = drop_attention(
+            model, mesh, options.dropout, core, softmax_in_fp32=options.softmax_in_fp32, again=again
+        )
 
 
 def _install_tensor_parallel(

@@ -59,7 +59,7 @@ def placement(name: str, shape: tuple[int, ...], cfg: ModelConfig, mesh: Mesh) -
         return Placement((Span(0, first, rows),))
     inner = cfg.moe.ffn_hidden_size
     part = inner // etp.size
-    halves = range(2 * number)  # the gate and the up rows of each expert
+    halves = range(cfg.fc1_parts * number)  # the gate and the up rows of each expert
     return Placement(tuple(Span(i * part, first + i * inner + etp.rank * part, part) for i in halves))
 
 

@@ -71,9 +71,9 @@ def placement(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: Axis, *, 
         return Placement((Span(0, 0, shape[0]),))
     if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
         return Placement(_qkv_spans(cfg, rank, size))
-    if name.endswith("linear_fc1.weight"):
-        half, rows = shape[0] // 2, shape[0] // 2 // size
-        return Placement((Span(0, rank * rows, rows), Span(rows, half + rank * rows, rows)))
+    if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
+        part, rows = shape[0] // cfg.fc1_parts, shape[0] // cfg.fc1_parts // size
+        return Placement(tuple(Span(i * rows, i * part + rank * rows, rows) for i in range(cfg.fc1_parts)))
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         columns = shape[1] // size
         return Placement((Span(0, 0, shape[0]),), (rank * columns, (rank + 1) * columns))
@@ -81,8 +81,9 @@ def placement(name: str, shape: tuple[int, ...], cfg: ModelConfig, tp: Axis, *, 
         rows = -(-shape[0] // size)
         start = min(rank * rows, shape[0])
         return Placement((Span(0, start, min(rows, shape[0] - start)),))
-    # A norm: every rank has it. q and k norms see this rank's heads only, the others this rank's tokens under sequence parallelism.
-    partial = sequence_parallel or name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+    # A norm, a bias of what is summed, positions: every rank has it. q and k norms see this rank's heads only, the others this rank's
+    # tokens under sequence parallelism.
+    partial = sequence_parallel or ".q_layernorm." in name or ".k_layernorm." in name
     return Placement((Span(0, 0, shape[0], replicas=size, owner=rank == 0, partial=partial),))
 
 
@@ -143,6 +144,8 @@ def install(
             return leave(vectors.masked_fill(elsewhere[:, None], 0.0))
 
         model.embedding.word_embeddings.lookup = lookup
+        if sequence_parallel:
+            model.embedding.own = lambda x: x.chunk(tp.size)[tp.rank]
     if model.last:
         model.enter = enter
         model.loss_function = _vocabulary_parallel_loss(group, first, max(min(rows, cfg.vocab_size - first), 0), loss)

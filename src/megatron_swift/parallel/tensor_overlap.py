@@ -136,12 +136,12 @@ class OverlappedNormLinear(NormLinear):
         out_features, in_features = plain.weight.shape
         with torch.device("meta"):
             super().__init__(in_features, out_features, plain.epsilon, bias=plain.bias is not None)
-        self.layer_norm_weight, self.weight, self.bias = plain.layer_norm_weight, plain.weight, plain.bias
+        self.layer_norm_weight, self.layer_norm_bias = plain.layer_norm_weight, plain.layer_norm_bias
+        self.weight, self.bias = plain.weight, plain.bias
         self.products, self.kernels = products, plain.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised = self.kernels.norm(x, self.layer_norm_weight, self.epsilon)
-        return _Column.apply(normalised, self.weight, self.bias, self.products)  # type: ignore[no-any-return]
+        return _Column.apply(self.normalise(x), self.weight, self.bias, self.products)  # type: ignore[no-any-return]
 
 
 class OverlappedLinear(Linear):
@@ -151,11 +151,11 @@ class OverlappedLinear(Linear):
         out_features, in_features = plain.weight.shape
         with torch.device("meta"):
             super().__init__(in_features, out_features)
-        self.weight = plain.weight
+        self.weight, self.bias = plain.weight, plain.bias
         self.products, self.kernels = products, plain.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Row.apply(x, self.weight, self.products)  # type: ignore[no-any-return]
+        return self.with_bias(_Row.apply(x, self.weight, self.products))
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         return self(self.kernels.swiglu(gate_up))

@@ -71,7 +71,15 @@ def train(
     bad, stop = 0, ""
     for batches in steps:
         lr = schedule.at(state.iteration - state.skipped)
-        report = train_step(engine, optimizer, batches, lr=lr, clip_grad=options.clip_grad, loss_scale=loss_scale)
+        report = train_step(
+            engine,
+            optimizer,
+            batches,
+            lr=lr,
+            clip_grad=options.clip_grad,
+            loss_scale=loss_scale,
+            iteration=state.iteration,
+        )
         state.iteration += 1
         state.consumed_samples += options.global_batch_size
         state.skipped += report.skipped

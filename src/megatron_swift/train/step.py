@@ -36,16 +36,21 @@ def train_step(
     lr: float,
     clip_grad: float,
     loss_scale: LossScale,
+    iteration: int = 0,
 ) -> StepReport:
     """Forward, backward, clip and update.
 
     The divisor of the loss is the number of trained tokens of the global batch, known before any backward. When the gradient norm is
-    not finite, on whatever rank the cause lies, every rank skips the update alike.
+    not finite, on whatever rank the cause lies, every rank skips the update alike. iteration: from which dropout draws.
     """
     counts = engine.count(batches)
     scale = loss_scale.scale
     loss_sum = engine.forward_backward(
-        batches, num_tokens=max(counts.trained, 1), num_rows=max(counts.rows, 1), loss_scale=scale
+        batches,
+        num_tokens=max(counts.trained, 1),
+        num_rows=max(counts.rows, 1),
+        loss_scale=scale,
+        iteration=iteration,
     )
     loss, norm = loss_sum / max(counts.trained, 1), engine.shards.grad_norm()
     finite = math.isfinite(norm) and math.isfinite(loss)
