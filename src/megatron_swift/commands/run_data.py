@@ -99,8 +99,10 @@ def prepare_data(args: TrainArguments, options: DataOptions, tokenizer: Tokenize
         custom_register_path=options.custom_register_path,
     )
     sources = [find_source(value, lookup=lookup) for value in options.dataset]
-    stream = open_stream(sources, tokenizer, stream_options(args, options), lanes=args.global_batch_size)
-    first = next(Lane(stream, 0))[0]
+    settings = stream_options(args, options)
+    stream = open_stream(sources, tokenizer, settings, lanes=args.global_batch_size)
+    alone = dataclasses.replace(settings, packing=False, shuffle=False, window=1)
+    first = next(Lane(dataclasses.replace(stream, options=alone), 0))[0]
     val = None
     if options.val_dataset:
         alone = dataclasses.replace(

@@ -32,6 +32,7 @@ from megatron_swift.utils.log import get_logger
 
 STREAM_VERSION = 1  # raise it when the same input gives other rows
 BLOCKS_PER_LANE = 8  # at least, where the files are long enough
+FIRST_WINDOW = 64  # rows of a lane's first window, doubled from one to the next, so that training can begin soon
 WINDOW_BYTES = 1 << 24  # of text: a window ends there, however few its rows
 END = 1 << 16  # bytes of a file's beginning and end that its fingerprint sees
 SAID = 3  # rows left out that are shown, for each lane's process
@@ -41,7 +42,7 @@ SAID = 3  # rows left out that are shown, for each lane's process
 class StreamOptions:
     """How rows become samples and packs. The user's names; see the parameter list for their meaning.
 
-    window : rows that each lane holds to shuffle and to pack.
+    window : rows that each lane holds to shuffle and to pack, its first windows aside, which are smaller.
     """
 
     template: Template
@@ -200,7 +201,8 @@ class Lane:
         readers = [_Reader(self, number, at) for number, at in enumerate(place.at)]
         rows: list[tuple[Ref, Item, Fixup]] = []
         draws, size = place.draws, 0
-        while len(rows) < self.options.window and size < WINDOW_BYTES:
+        wanted = min(self.options.window, FIRST_WINDOW << min(place.window, 32))
+        while len(rows) < wanted and size < WINDOW_BYTES:
             row = next(readers[self._draw(draws)])
             draws += 1
             size += row[1].size
