@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import resource
+import signal
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +18,12 @@ from tiny_weights import pieces_of_rank, random_weights
 from megatron_swift.checkpoint.dcp import Piece, pieces_of
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.checkpoint.megatron_common import common_values
+from megatron_swift.checkpoint.publish import publish
 from megatron_swift.checkpoint.ranks import all_ranks, single
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.torch_file import write_torch
 from megatron_swift.testing import run_ranks
+from megatron_swift.utils.errors import StorageError
 
 LAYERS = 4
 
@@ -104,6 +110,55 @@ def _failing(rank, folder, failing, kind):
 )
 def test_what_fails_is_raised_on_all(tmp_path, failing, kind, said):
     assert run_ranks(_failing, 2, tmp_path, failing, kind, timeout=30) == [said, said]
+
+
+def _peak(rank, folder):
+    """MB that writing 256 MB in pieces of 8 MB adds to this process at most."""
+    number, rows, columns = 32, 1024, 2048
+
+    def piece(i):
+        read = partial(torch.full, (rows, columns), float(i))
+        return Piece(f"decoder.layers.{i}.w", read, torch.float32, (rows, columns), (0, 0), (rows, columns))
+
+    def memory(name):
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+        return int(line.split()[1]) / 1000
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    write_torch(folder, [piece(i) for i in range(number)], single(), {})
+    grown = memory("VmHWM") - before
+    value = torch.load(folder / "mp_rank_00" / "model_optim_rng.pt", weights_only=True, mmap=True)["model"]
+    assert all(bool((value[f"decoder.layers.{i}.w"] == i).all()) for i in range(number))
+    return grown
+
+
+def test_a_piece_is_in_memory_at_a_time(tmp_path):
+    (grown,) = run_ranks(_peak, 1, tmp_path)
+    assert grown < 64
+
+
+def _limited(rank, folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    foreign = made("moe")
+    mine = pieces_of_rank(foreign.specs, foreign.weights, 0, 1, num_layers=LAYERS)
+    try:
+        publish(
+            folder,
+            1,
+            lambda staging: Snapshot(mine, {}, file_format="torch").write(staging, single()) or {},
+            group=single(),
+        )
+    except StorageError as error:
+        return error.block()
+    return "nothing"
+
+
+def test_a_full_disk(tmp_path):
+    (said,) = run_ranks(_limited, 1, tmp_path)
+    assert "the disk or a quota is full" in said or "File too large" in said, said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_snapshot_in_this_format(tmp_path):

@@ -185,9 +185,16 @@ def without_zip_checksums() -> Iterator[None]:
 def _cause(error: CheckpointException, folder: Path) -> BaseException:
     """What the first rank that failed had raised."""
     first = min(error.failures.items())[1][0]
-    if "unexpected pos" not in str(first):
-        return first
-    # This is all that torch.save says of a disk that is full.
+    return disk_full(folder) if is_disk_full(first) else first
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether that is what torch.save's error means; it is all that it says."""
+    return "unexpected pos" in str(error)
+
+
+def disk_full(folder: Path) -> StorageError:
+    """The error of a file that could not be written to its end."""
     free = shutil.disk_usage(folder).free / 1e9
     return StorageError(
         f"cannot write to {folder}: a file could not be written to its end",

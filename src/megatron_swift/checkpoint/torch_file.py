@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_swift.checkpoint.archive import Placed, read_archive
-from megatron_swift.checkpoint.dcp import Piece, without_zip_checksums
+from megatron_swift.checkpoint.dcp import Piece, disk_full, is_disk_full, without_zip_checksums
 from megatron_swift.checkpoint.ranks import Group
 from megatron_swift.checkpoint.torch_folder import FILE
 
@@ -108,8 +108,11 @@ class _TorchFile:
         with FakeTensorMode():
             model: dict[str, Any] = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in tensors.items()}
         model |= {f"{match[1]}._extra_state": None for name in tensors if (match := _EXTRA.match(name))}
-        with torch.serialization.skip_data(materialize_fake_tensors=True), without_zip_checksums():
-            torch.save({**content, "model": model}, path)
+        try:
+            with torch.serialization.skip_data(materialize_fake_tensors=True), without_zip_checksums():
+                torch.save({**content, "model": model}, path)
+        except RuntimeError as error:
+            raise disk_full(path.parent) if is_disk_full(error) else error from None
         self.places: dict[str, Placed] = read_archive(path, placed=True)["model"]
         self.file = os.open(path, os.O_WRONLY)
 
