@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import write_tokenizer
 
+from megatron_swift.data import build
 from megatron_swift.data import prepare as module
 from megatron_swift.data.prepare import DataOptions, Prepared, prepare
 from megatron_swift.data.templates import get_template
@@ -320,7 +321,7 @@ def plugin(tmp_path) -> Path:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_plugin_in_processes(tokenizer, options, plugin, monkeypatch, method):
-    monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(build, "CHUNK", 1)
     base = options("me/mine", custom_register_path=(str(plugin),), dataset_num_proc=2, start_method=method, strict=True)
     prepared = prepare(replace(base, dataset_shuffle=False), tokenizer)
     assert replies(prepared, tokenizer) == ["a!", "b!", "c!"]
@@ -382,7 +383,7 @@ def test_reuse_cache_encodes_anew(tmp_path, tokenizer, options, monkeypatch):
 
     base = options(write_rows(tmp_path / "a.jsonl", qa(1)))
     prepare(base, tokenizer)
-    monkeypatch.setattr(module, "encode_many", encode)
+    monkeypatch.setattr(build, "encode_many", encode)
     prepare(base, tokenizer)
     with pytest.raises(Encoded):
         prepare(replace(base, download_mode="reuse_cache_if_exists"), tokenizer)

@@ -1,0 +1,181 @@
+"""Filling a cache entry: all rows are checked, chosen, encoded, packed and written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_swift.data.cache import RowWriter, write_checked
+from megatron_swift.data.choice import choose
+from megatron_swift.data.chunks import OVER_LENGTH, Fault, Index, Rows, conversation_json, encode_chunk, find_faults
+from megatron_swift.data.encode import encode_many
+from megatron_swift.data.options import DataOptions
+from megatron_swift.data.packing import pack
+from megatron_swift.data.readers import Stamp, changed
+from megatron_swift.data.registry import Identity
+from megatron_swift.data.report import Part, Report
+from megatron_swift.data.sources import UNWANTED, Source, Table
+from megatron_swift.data.template import Template
+from megatron_swift.data.tokenizer import Tokenizer
+from megatron_swift.data.workers import map_in_order
+from megatron_swift.utils.errors import DataError
+from megatron_swift.utils.log import get_logger
+
+CHUNK = 1000  # rows encoded at a time
+OUTCOME = "outcome.json"
+SKIP_HINT = "use --strict false to leave such rows out and count them"
+
+
+class Builder:
+    """Fills a cache entry: check all rows, choose, encode, pack, write."""
+
+    def __init__(
+        self,
+        options: DataOptions,
+        tokenizer: Tokenizer,
+        template: Template,
+        sources: Sequence[Source],
+        val_sources: Sequence[Source],
+        stamps: Mapping[Path, Stamp],
+    ) -> None:
+        self.options, self.sources, self.val_sources, self.stamps = options, sources, val_sources, stamps
+        self.report = Report()
+        self.encode = partial(
+            encode_many,
+            template,
+            tokenizer,
+            max_length=options.max_length,
+            truncation="delete" if options.truncation == "raise" else options.truncation,  # we know the line: we raise
+            loss_scale=options.loss_scale,
+            system=options.system,
+        )
+
+    def build(self, staging: Path) -> None:
+        options, report = self.options, self.report
+        identity = Identity(options.model_name, options.model_author)
+        tables = [Table(source, identity=identity) for source in (*self.sources, *self.val_sources)]
+        for file in (file for table in tables for file in table.files):
+            if file.stamp != self.stamps[file.path]:  # since its hash was taken
+                raise changed(file.path)
+        self.rows = Rows(tables, options.columns)
+        usable = self._usable_rows()
+        train, val = choose(options, self.sources, self.val_sources, usable)
+        self._count_chosen(train, val)
+        report.train = self._write(staging / "train", train)
+        if not report.train.samples:
+            raise DataError("no row is left to train on", why=report.reasons() or "the data sets have no rows")
+        has_val = len(val) > 0
+        if has_val:
+            report.val = self._write(staging / "val", val)
+            if not report.val.samples:
+                self._no_val()
+                has_val, report.val = False, None
+        split = has_val and not self.val_sources
+        outcome = {
+            "report": report.as_json(),
+            "has_val": has_val,
+            "val_rows": [conversation_json(self.rows.read(number)) for number in val.tolist()] if split else [],
+        }
+        write_checked(staging / OUTCOME, outcome)
+
+    def _no_val(self) -> None:
+        why = self.report.reasons()
+        if self.val_sources:
+            raise DataError("no row of --val_dataset is left to evaluate on", why=why)
+        get_logger().warning("no row of the validation split is left (%s): there will be no evaluation", why)
+
+    def _usable_rows(self) -> list[Index]:
+        """The rows of each table that are not malformed, in the files' order."""
+        starts = self.rows.starts
+        good = np.ones(starts[-1], np.bool_)
+        for faults in self._in_order(partial(find_faults, self.rows), np.arange(starts[-1]), "checked"):
+            self._count(faults)
+            good[[fault.number for fault in faults]] = False
+        usable = []
+        for table, start, stop in zip(self.rows.tables, starts[:-1], starts[1:], strict=True):
+            value = table.source.request.value
+            self.report.rows_read[value] = self.report.rows_read.get(value, 0) + int(stop - start)
+            usable.append(start + np.flatnonzero(good[start:stop]))
+            if not len(usable[-1]):
+                why = self.report.reasons() if stop > start else "it is empty"
+                files = ", ".join(str(path) for path in table.source.paths[:3])
+                flag = "--val_dataset" if len(usable) > len(self.sources) else "--dataset"
+                raise DataError(f"{flag} {value} has no usable row", why=why, do=f"look into {files}")
+        return usable
+
+    def _count(self, faults: list[Fault]) -> None:
+        """Count what is left out, or raise for the first of them where the options say so."""
+        for fault in faults:
+            text = f"{self.rows.where(fault.number)}: {fault.text}"
+            if fault.kind == OVER_LENGTH:
+                if self.options.truncation == "raise":
+                    do = "raise --max_length, or set --truncation_strategy to delete, left, right or split"
+                    raise DataError(text, do=do)
+            elif self.options.strict and fault.kind != UNWANTED:
+                raise DataError(text, do=f"{fault.do}; or {SKIP_HINT}" if fault.do else SKIP_HINT)
+            self.report.leave_out(fault.kind, text)
+
+    def _count_chosen(self, train: Index, val: Index) -> None:
+        """How many rows of each data set were chosen, into the report."""
+        edges = self.rows.starts[1:]
+        for chosen, counts in ((train, self.report.rows_train), (val, self.report.rows_val)):
+            found = np.bincount(np.searchsorted(edges, chosen, side="right"), minlength=len(edges))
+            for table, count in zip(self.rows.tables, found.tolist(), strict=True):
+                value = table.source.request.value
+                counts[value] = counts.get(value, 0) + count
+
+    def _write(self, folder: Path, wanted: Index) -> Part:
+        """Encode each row of `wanted` once, pack and write them in the order of `wanted`."""
+        unique = np.unique(wanted)
+        numbers = [np.zeros(0, np.int64)]
+        part = Part(rows_wanted=len(wanted))
+        with RowWriter(folder) as writer:
+            for chunk in self._in_order(partial(encode_chunk, self.rows, self.encode), unique, "encoded"):
+                self._count(chunk.faults)
+                numbers.append(chunk.numbers)
+                writer.add(
+                    ids=chunk.ids,
+                    labels=chunk.labels,
+                    weights=chunk.weights,
+                    lengths=chunk.lengths,
+                    trained=chunk.trained,
+                )
+            kept = np.concatenate(numbers)  # sorted, as `unique` is
+            lengths = writer.lengths[order := _expand(kept, wanted)]
+            members, sizes = order, np.ones(len(order), np.int64)
+            if self.options.packing and len(order):
+                assert self.options.max_length is not None
+                packs = pack(lengths.tolist(), self.options.max_length)
+                members = order[np.concatenate([np.array(group, np.int64) for group in packs])]
+                sizes = np.array([len(group) for group in packs], np.int64)
+                part.efficiency = float(lengths.sum()) / (len(packs) * self.options.max_length)
+            writer.finish(members=members, sizes=sizes)
+        part.samples, part.rows, part.tokens = len(order), len(sizes), int(lengths.sum())
+        part.trained = writer.count_trained(members)
+        part.measure(lengths)
+        return part
+
+    def _in_order(self, job: Callable[[Index], Any], numbers: Index, done: str) -> Iterator[Any]:
+        """job(chunk) for each chunk of `numbers`, in order, with a word now and then on how far it is."""
+        chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
+        last = time.monotonic()
+        results = map_in_order(
+            job, chunks, num_proc=self.options.dataset_num_proc, start_method=self.options.start_method
+        )
+        for number, result in enumerate(results, 1):
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
+                get_logger().info("data: %s %d of %d rows", done, min(number * CHUNK, len(numbers)), len(numbers))
+            yield result
+
+
+def _expand(kept: Index, wanted: Index) -> Index:
+    """The places in `kept`, sorted and with repeats, of each of `wanted` in turn: none, one, or several that follow one another."""
+    stop = np.searchsorted(kept, wanted, "right")
+    counts = stop - np.searchsorted(kept, wanted, "left")
+    return np.repeat(stop - np.cumsum(counts), counts) + np.arange(counts.sum())
