@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_swift.models.config import ModelConfig, read_json
+from megatron_swift.models.config import ExpertNames, LayerNames, ModelConfig, read_json
 from megatron_swift.models.families.family import Family, ModelType
 from megatron_swift.models.families.llama import LLAMA
 from megatron_swift.models.families.mixtral import MIXTRAL
+from megatron_swift.models.families.native import NATIVE
+from megatron_swift.models.families.phi3 import PHI3
 from megatron_swift.models.families.qwen2 import QWEN2
 from megatron_swift.models.families.qwen2_moe import QWEN2_MOE
 from megatron_swift.models.families.qwen3 import QWEN3
 from megatron_swift.models.families.qwen3_moe import QWEN3_MOE
+from megatron_swift.models.families.stablelm import STABLELM
+from megatron_swift.models.families.starcoder2 import STARCODER2
 from megatron_swift.utils.errors import CheckpointError, UsageError
 
-FAMILIES = {family.name: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, QWEN2_MOE, MIXTRAL)}
+_KNOWN = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, QWEN2_MOE, MIXTRAL, PHI3, STABLELM, STARCODER2, NATIVE)
+FAMILIES = {family.name: family for family in _KNOWN}  # a new model is of the first that fits it
 
 # Markers of a chat template, most particular first, for models whose folder name says nothing.
 _TEMPLATE_MARKERS = (
@@ -47,14 +54,15 @@ def describe(
     template: str | None,
     chat_template: str | None,
     extra: Sequence[Family] = (),
+    hf: dict[str, Any] | None = None,
 ) -> Described:
     """Read config.json and settle family, model type and template; the user's own choices win.
 
     folder may be a snapshot whose name says nothing: the model type is then found by the markers of `chat_template`.
-    extra : a user's own families, which go before ours.
+    extra : a user's own families, which go before ours.  hf: instead of the folder's config.json.
     Raises CheckpointError for an unsupported architecture and UsageError when the template cannot be told.
     """
-    hf = read_json(folder / "config.json")
+    hf = read_json(folder / "config.json") if hf is None else hf
     architectures = hf.get("architectures") or []
     family = next((f for f in (*extra, *FAMILIES.values()) if set(f.architectures) & set(architectures)), None)
     if family is None:
@@ -98,7 +106,7 @@ def describe(
     raise UsageError(
         f"cannot tell which chat template {folder} speaks",
         why="its folder name matches no model type and it has no chat template of its own",
-        do=f"give --model_type, one of {names}, or --template",
+        do=f"give --model_type, one of {names}, or --template" if names else "give --template",
     )
 
 
@@ -107,4 +115,26 @@ def _need(value: ModelType | None) -> ModelType:
     return value
 
 
-__all__ = ["FAMILIES", "Described", "Family", "ModelType", "describe"]
+def family_of(cfg: ModelConfig, first: Family | None = None) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """The architecture of a model made by flags: its family, the model with that one's names, and its config.json.
+
+    first : the family to try before the others. The last one, NATIVE, takes every model; transformers does not know it.
+    """
+    for family in (*([first] if first else []), *FAMILIES.values()):
+        if family.write_config is None:
+            continue
+        written = family.write_config(cfg)
+        try:
+            found = family.read_config(written)
+        except CheckpointError:
+            continue
+        if _nameless(found) == _nameless(cfg):
+            return family, found, written
+    raise AssertionError(f"NATIVE does not take {cfg}")
+
+
+def _nameless(cfg: ModelConfig) -> ModelConfig:
+    return cfg.replace(names=LayerNames(), moe=cfg.moe and dataclasses.replace(cfg.moe, names=ExpertNames()))
+
+
+__all__ = ["FAMILIES", "NATIVE", "Described", "Family", "ModelType", "describe", "family_of"]

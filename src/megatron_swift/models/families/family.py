@@ -25,9 +25,14 @@ class ModelType:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. model_types are tried in order; the first that matches a folder's name wins."""
+    """One architecture. model_types are tried in order; the first that matches a folder's name wins.
+
+    write_config : the config.json of a model of this architecture. It need not look whether the model is one: what `read_config` makes of
+                   its answer tells. None where no model is made anew in this architecture.
+    """
 
     name: str
     architectures: tuple[str, ...]
     model_types: tuple[ModelType, ...]
     read_config: Callable[[dict[str, Any]], ModelConfig]
+    write_config: Callable[[ModelConfig], dict[str, Any]] | None = None

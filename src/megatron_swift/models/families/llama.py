@@ -6,17 +6,26 @@ from typing import Any
 
 from megatron_swift.models.config import ModelConfig, common_fields
 from megatron_swift.models.families.family import Family, ModelType
+from megatron_swift.models.families.written import common_keys, head_dim
 from megatron_swift.utils.errors import CheckpointError
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Llama's attention has no biases and no q/k norms."""
-    if hf.get("attention_bias"):
+    """Llama's attention has no q/k norms; biases, where there are any, on all linear layers, as Megatron has them."""
+    biases = [bool(hf.get(key)) for key in ("attention_bias", "mlp_bias")]
+    if biases[0] != biases[1]:
         raise CheckpointError(
-            "config.json: attention_bias true is not supported for Llama",
-            why="it also puts a bias on the output projection",
+            f"config.json: attention_bias {biases[0]} with mlp_bias {biases[1]} is not supported for Llama",
+            why="Megatron has biases on all linear layers, on query, key and value only, or on none",
         )
-    return ModelConfig(**common_fields(hf), qkv_bias=False, qk_layernorm=False)
+    fields = common_fields({**hf, "mlp_bias": False})
+    return ModelConfig(**fields, qkv_bias=biases[0], linear_bias=biases[0], qk_layernorm=False)
+
+
+def write_config(cfg: ModelConfig) -> dict[str, Any]:
+    """Of a new model."""
+    biases = {"attention_bias": cfg.linear_bias, "mlp_bias": cfg.linear_bias}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **common_keys(cfg), **head_dim(cfg), **biases}
 
 
 LLAMA = Family(
@@ -32,4 +41,5 @@ LLAMA = Family(
         ModelType("llama", "llama", r"llama-?2"),
     ),
     read_config,
+    write_config,
 )

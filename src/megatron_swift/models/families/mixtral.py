@@ -26,4 +26,24 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return llama.read_config(hf).replace(moe=moe)
 
 
-MIXTRAL = Family("mixtral", ("MixtralForCausalLM",), (ModelType("mixtral", "llama", r"mixtral"),), read_config)
+def write_config(cfg: ModelConfig) -> dict[str, Any]:
+    """Of a new model."""
+    keys = {
+        **llama.write_config(cfg),
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "sliding_window": None,
+    }
+    if cfg.moe is not None:
+        keys |= {"num_local_experts": cfg.moe.num_experts, "num_experts_per_tok": cfg.moe.topk}
+        keys |= {"intermediate_size": cfg.moe.ffn_hidden_size, "router_aux_loss_coef": cfg.moe.aux_loss_coeff}
+    return keys
+
+
+MIXTRAL = Family(
+    "mixtral",
+    ("MixtralForCausalLM",),
+    (ModelType("mixtral", "llama", r"mixtral"),),
+    read_config,
+    write_config,
+)

@@ -6,11 +6,18 @@ from typing import Any
 
 from megatron_swift.models.config import ModelConfig, common_fields
 from megatron_swift.models.families.family import Family, ModelType
+from megatron_swift.models.families.written import common_keys, head_dim
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
     """Qwen2 has biases on query, key and value; its config.json does not say so."""
     return ModelConfig(**common_fields(hf), qkv_bias=True, qk_layernorm=False)
+
+
+def write_config(cfg: ModelConfig) -> dict[str, Any]:
+    """Of a new model."""
+    keys = {**common_keys(cfg), **head_dim(cfg), "use_sliding_window": False}
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **keys}
 
 
 QWEN2 = Family(
@@ -25,4 +32,5 @@ QWEN2 = Family(
         ModelType("qwen2", "qwen", r"qwen(1[._]5|2)"),
     ),
     read_config,
+    write_config,
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_swift.models.config import ModelConfig, common_fields
 from megatron_swift.models.families.family import Family, ModelType
+from megatron_swift.models.families.written import common_keys
 from megatron_swift.utils.errors import CheckpointError
 
 
@@ -19,4 +20,10 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**common_fields(hf), qkv_bias=False, qk_layernorm=True)
 
 
-QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), (ModelType("qwen3", "qwen3", r"qwen3"),), read_config)
+def write_config(cfg: ModelConfig) -> dict[str, Any]:
+    """Of a new model."""
+    keys = {**common_keys(cfg), "head_dim": cfg.kv_channels, "attention_bias": False, "use_sliding_window": False}
+    return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **keys}
+
+
+QWEN3 = Family("qwen3", ("Qwen3ForCausalLM",), (ModelType("qwen3", "qwen3", r"qwen3"),), read_config, write_config)

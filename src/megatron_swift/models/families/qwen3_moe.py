@@ -7,6 +7,7 @@ from typing import Any
 from megatron_swift.models.config import ModelConfig, read_moe, sparse_layers
 from megatron_swift.models.families import qwen3
 from megatron_swift.models.families.family import Family, ModelType
+from megatron_swift.models.families.written import expert_keys
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -22,4 +23,16 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     return qwen3.read_config(hf).replace(moe=moe)
 
 
-QWEN3_MOE = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), (ModelType("qwen3_moe", "qwen3", r"qwen3"),), read_config)
+def write_config(cfg: ModelConfig) -> dict[str, Any]:
+    """Of a new model."""
+    names = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    return {**qwen3.write_config(cfg), **names, **expert_keys(cfg)}
+
+
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    ("Qwen3MoeForCausalLM",),
+    (ModelType("qwen3_moe", "qwen3", r"qwen3"),),
+    read_config,
+    write_config,
+)
