@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ STATE = TrainState(
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def made_up(name, kind, shape):
     """Values that no other tensor holds, and that bfloat16 cannot."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {kind}".encode()))
