@@ -76,9 +76,30 @@ def test_a_bad_row_far_down(sft, place, tmp_path):
     assert f"{path}:151: bad JSON" in caught.value.what
 
 
+def test_lazy_is_the_eager_run_and_resumes_bitwise(place, tmp_path):
+    flags = ("--dataset", str(place / "rows.jsonl"), "--save", str(tmp_path / "out"), "--lr_decay_iters", "6")
+    flags += ("--split_dataset_ratio", "0.1")
+    model = ("--model", str(place / "model"))
+    eager = go(*model, *flags, "--train_iters", "6")
+    whole = go(*model, *flags, "--train_iters", "6", "--lazy_tokenize", "true", "--num_workers", "2")
+    assert whole.steps == eager.steps
+    first = go(*model, *flags, "--train_iters", "2", "--lazy_tokenize", "true", ranks=2)
+    second = go("--load", str(first.run_dir), *flags, "--train_iters", "6", "--lazy_tokenize", "true")
+    assert second.values(0) == pytest.approx(eager.values(0)[2:], rel=1e-5)
+    assert json.loads((whole.run_dir / "data_report.json").read_text()) == {
+        "lazy": {"rows_read": {str(place / "rows.jsonl"): 200}, "train": 180, "validation": 20}
+    }
+    assert (whole.run_dir / "val_dataset.jsonl").read_text() == (eager.run_dir / "val_dataset.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
+        (
+            ("--train_iters", "1", "--streaming", "false", "--packing", "false", "--lazy_tokenize", "true")
+            + ("--truncation_strategy", "split"),
+            "--truncation_strategy split with --lazy_tokenize",
+        ),
         (("--max_epochs", "1"), "--streaming needs --train_iters"),
         (("--train_iters", "1", "--split_dataset_ratio", "0.1"), "nothing can be split off"),
         (("--train_iters", "1", "--dataloader_type", "cyclic"), "a stream feeds itself"),

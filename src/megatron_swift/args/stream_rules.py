@@ -16,7 +16,9 @@ UNUSED = {
 
 
 def check_streaming(args: TrainArguments) -> None:
-    """UsageError for what cannot go with --streaming, or without it; warn about what has no effect."""
+    """UsageError for what cannot go with --streaming or --lazy_tokenize, or without; warn about what has no effect."""
+    if args.lazy_tokenize:
+        _check_lazy(args)
     if not args.streaming:
         if args.dataloader_type == "external":
             raise UsageError(
@@ -42,3 +44,17 @@ def check_streaming(args: TrainArguments) -> None:
     for name, why in UNUSED.items():
         if name in args.given:
             get_logger().warning("--%s has no effect with --streaming: %s", name, why)
+
+
+def _check_lazy(args: TrainArguments) -> None:
+    if args.streaming:
+        get_logger().warning(
+            "--lazy_tokenize has no effect with --streaming, which tokenises rows when they are needed"
+        )
+    elif args.packing:
+        get_logger().warning("--lazy_tokenize has no effect with --packing: all lengths must be known before")
+    elif args.truncation_strategy == "split":
+        raise UsageError(
+            "--truncation_strategy split with --lazy_tokenize: how many rows there are is not known before they are tokenised",
+            do="choose delete, left or right, or leave --lazy_tokenize out",
+        )

@@ -109,7 +109,7 @@ class TrainingParams(Arguments):
         at_least=1,
     )
     use_cpu_initialization: bool = param(
-        False, "Initialise weights on the CPU.", no_effect="weights are read straight into place, whatever the device"
+        False, "Initialise weights on the CPU.", no_effect="they always are, so that no device changes them"
     )
     no_create_attention_mask_in_dataloader: bool = param(
         True,
@@ -194,8 +194,8 @@ class ExtraTrainingParams(Arguments):
     )
     lazy_tokenize: bool = param(
         False,
-        "Tokenise rows when they are needed. false = all rows before training, so that a bad row shows at once.",
-        not_yet="tokenising during training",
+        "Tokenise rows when they are needed, from an index of the files; not with packing, which must know all lengths. false = all "
+        "rows before training, so that a bad row shows at once.",
     )
     dataloader_persistent_workers: bool = param(True, "Keep the data-loading processes alive between passes.")
     dataloader_prefetch_factor: int = param(10, "Batches that each data-loading process prepares ahead.", at_least=1)

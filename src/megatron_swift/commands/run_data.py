@@ -10,9 +10,9 @@ from typing import Any
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.data.cache import PackedRows
 from megatron_swift.data.histogram import text_histogram
-from megatron_swift.data.prepare import DataOptions, Prepared, open_prepared, prepare
+from megatron_swift.data.lazy import Lazy, LazyRows, open_lazy
+from megatron_swift.data.prepare import DataOptions, Prepared, find_sources, open_prepared, prepare
 from megatron_swift.data.registry import Identity
-from megatron_swift.data.sources import find_source, make_lookup
 from megatron_swift.data.streaming import Lane, Stream, StreamOptions, open_stream
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Sample
@@ -22,25 +22,28 @@ from megatron_swift.data.types import Sample
 class RunData:
     """name : the fingerprint of the training rows, in its last component.
 
-    stream         : what to train on, None where `prepared` has it.
-    prepared       : rows on disk: of training and validation, or of validation only where training rows are streamed.
-    first          : the first training sample, to show.
+    stream   : what to train on where it is streamed, else None.  lazy: what to train and to evaluate on where it is encoded later.
+    prepared : rows on disk: of training and validation, or of validation only where training rows are streamed.
+    first    : the first training sample, to show.
     """
 
     name: Path
     stream: Stream | None
+    lazy: Lazy | None
     prepared: Prepared | None
     first: Sample
 
     @property
     def num_rows(self) -> int:
         """Training rows; 0 where nobody has counted them."""
+        if self.lazy is not None:
+            return len(self.lazy.train)
         return 0 if self.prepared is None or self.stream is not None else len(self.prepared.train)
 
     @property
     def num_val_rows(self) -> int:
         """Rows to evaluate on."""
-        rows = _validation(self.prepared, self.stream)
+        rows = _validation(self.prepared, self.stream) if self.lazy is None else self.lazy.val
         return len(rows) if rows is not None else 0
 
     @property
@@ -51,11 +54,15 @@ class RunData:
     @property
     def val_rows(self) -> list[dict[str, Any]]:
         """The validation rows that were split off."""
+        if self.lazy is not None:
+            return self.lazy.val_rows
         return self.prepared.val_rows if self.prepared is not None else []
 
     def report(self) -> dict[str, Any]:
         """For data_report.json."""
         prepared = self.prepared.report.as_json() if self.prepared is not None else None
+        if self.lazy is not None:
+            return {"lazy": {"rows_read": self.lazy.rows_read, "train": self.num_rows, "validation": self.num_val_rows}}
         if self.stream is None:
             assert prepared is not None
             return prepared
@@ -63,6 +70,9 @@ class RunData:
 
     def table(self, max_length: int | None) -> str:
         """The report for people."""
+        if self.lazy is not None:
+            read, val = sum(self.lazy.rows_read.values()), self.num_val_rows
+            return f"data: {read} rows found, {self.num_rows} to train on, {val} to evaluate on, encoded when they are needed"
         if self.stream is None:
             assert self.prepared is not None
             lengths = self.prepared.train.sample_tokens
@@ -88,21 +98,18 @@ def _facts(stream: Stream) -> dict[str, Any]:
 
 def prepare_data(args: TrainArguments, options: DataOptions, tokenizer: Tokenizer) -> RunData:
     """The rows that the arguments ask for. Raises as `prepare` does; of streamed rows the first ones are read."""
+    if args.lazy_tokenize and not (args.streaming or args.packing):
+        found = open_lazy(options, tokenizer, *find_sources(options))
+        first = found.train.row(0)[0]
+        return RunData(name=Path(found.fingerprint), stream=None, lazy=found, prepared=None, first=first)
     if not args.streaming:
         prepared = prepare(options, tokenizer)
-        return RunData(name=prepared.folder, stream=None, prepared=prepared, first=prepared.first)
-    lookup = make_lookup(
-        use_hf=options.use_hf,
-        hub_token=options.hub_token,
-        download_mode=options.download_mode,
-        custom_dataset_info=options.custom_dataset_info,
-        custom_register_path=options.custom_register_path,
-    )
-    sources = [find_source(value, lookup=lookup) for value in options.dataset]
+        return RunData(name=prepared.folder, stream=None, lazy=None, prepared=prepared, first=prepared.first)
+    sources, _ = find_sources(options)
     settings = stream_options(args, options)
     stream = open_stream(sources, tokenizer, settings, lanes=args.global_batch_size)
-    alone = dataclasses.replace(settings, packing=False, shuffle=False, window=1)
-    first = next(Lane(dataclasses.replace(stream, options=alone), 0))[0]
+    one_row = dataclasses.replace(settings, packing=False, shuffle=False, window=1)
+    first = next(Lane(dataclasses.replace(stream, options=one_row), 0))[0]
     val = None
     if options.val_dataset:
         alone = dataclasses.replace(
@@ -115,7 +122,7 @@ def prepare_data(args: TrainArguments, options: DataOptions, tokenizer: Tokenize
             stopping_strategy="first_exhausted",
         )
         val = prepare(alone, tokenizer)
-    return RunData(name=Path(stream.fingerprint), stream=stream, prepared=val, first=first)
+    return RunData(name=Path(stream.fingerprint), stream=stream, lazy=None, prepared=val, first=first)
 
 
 def stream_options(args: TrainArguments, options: DataOptions) -> StreamOptions:
@@ -139,9 +146,11 @@ def stream_options(args: TrainArguments, options: DataOptions) -> StreamOptions:
 
 
 def open_rows(
-    data: Path, stream: Stream | None, val_folder: Path | None
-) -> tuple[PackedRows | None, PackedRows | None]:
+    data: Path, stream: Stream | None, lazy: Lazy | None, val_folder: Path | None
+) -> tuple[PackedRows | LazyRows | None, PackedRows | LazyRows | None]:
     """On a rank: the training rows, None where they are streamed, and the validation rows, None where there are none."""
+    if lazy is not None:
+        return lazy.train, lazy.val
     if stream is None:
         prepared = open_prepared(data)
         return prepared.train, prepared.val

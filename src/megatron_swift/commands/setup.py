@@ -5,7 +5,6 @@ The data is read, encoded and packed here too, so that no rank ever waits for an
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import sys
@@ -16,7 +15,6 @@ from typing import cast
 
 from megatron_swift.args.commands import DataShowArguments, TrainArguments
 from megatron_swift.args.inherit import inherit
-from megatron_swift.args.model_params import layer_freq
 from megatron_swift.args.moe_rules import Experts, check_experts
 from megatron_swift.args.resume_rules import find_auto
 from megatron_swift.args.rules import (
@@ -30,47 +28,22 @@ from megatron_swift.args.rules import (
 )
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.layout import tensor_specs
-from megatron_swift.commands.chat_template import asked_template, chosen_template, user_families
+from megatron_swift.commands.chat_template import chosen_template
+from megatron_swift.commands.model_setup import settle_model
 from megatron_swift.commands.run_data import RunData, prepare_data
 from megatron_swift.commands.run_folder import make_run_dir, write_run_files
 from megatron_swift.data.encode import LossScale
+from megatron_swift.data.lazy import Lazy
 from megatron_swift.data.prepare import DataOptions
 from megatron_swift.data.show import render_sample
 from megatron_swift.data.streaming import Stream
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
-from megatron_swift.models.config import ModelConfig, MoEConfig
-from megatron_swift.models.families import Described, describe
+from megatron_swift.launch import visible_gpus
+from megatron_swift.models.config import ModelConfig
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.hub import local_model
 from megatron_swift.utils.log import get_logger
-
-MODEL_FIELDS = {
-    **{
-        name: name
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-    },
-    **{
-        name: name
-        for name in (
-            "max_position_embeddings",
-            "rotary_base",
-            "norm_epsilon",
-            "kv_channels",
-            "qk_layernorm",
-            "rope_scaling",
-        )
-    },
-    "add_qkv_bias": "qkv_bias",
-    "padded_vocab_size": "vocab_size",
-}
-MOE_FIELDS = {
-    "num_experts": "num_experts",
-    "moe_ffn_hidden_size": "ffn_hidden_size",
-    "moe_shared_expert_intermediate_size": "shared_size",
-    "moe_router_topk": "topk",
-    "moe_router_pre_softmax": "pre_softmax",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +52,8 @@ class RunSetup:
 
     model_dir : the folder with config.json and tokenizer.  dtype : "float32", "bfloat16" or "float16", of weights and compute.
     data      : the prepared data's folder; of streamed rows only its last component counts, their fingerprint.
-    stream    : the rows to train on, where they are streamed; val_data: then the prepared validation rows' folder.
-    load : the Megatron folder to start from, None for the weights in model_dir.
+    stream    : the rows to train on, where they are streamed; lazy: rows to encode when needed; val_data: then the prepared validation rows' folder.
+    load : the Megatron folder to start from, None for the weights in model_dir.  scratch: or for new ones.
     older     : with --load auto, the runs before that one, should none of its checkpoints be whole; None without it.
     run_dir   : where the run writes; None on nodes other than the first, which are told by rank 0.
     """
@@ -92,6 +65,7 @@ class RunSetup:
     dtype: str
     data: Path
     stream: Stream | None
+    lazy: Lazy | None
     val_data: Path | None
     num_rows: int
     num_val_rows: int
@@ -99,6 +73,7 @@ class RunSetup:
     train_iters: int
     dp_size: int
     load: Path | None
+    scratch: bool
     older: tuple[Path, ...] | None
     run_dir: Path | None
 
@@ -121,10 +96,9 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     load = Path(args.load) if args.load is not None and has_checkpoint(Path(args.load)) else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(model_dir)
-    asked = asked_template(args)
-    described = _described(args, model_dir, asked, tokenizer)
+    found = settle_model(args, model_dir, load, tokenizer, gpus=visible_gpus(env))
+    described, model = found.described, found.config
     template = chosen_template(args, described.template, tokenizer)
-    model = override(described.config, args)
     check_lengths(args, max_position_embeddings=model.max_position_embeddings)
     dp_size = data_parallel_size(args, world_size=world_size(env))
     check_experts(args, _experts(model), world_size=world_size(env))
@@ -149,6 +123,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         dtype=choose_dtype(args, model),
         data=data.name,
         stream=data.stream,
+        lazy=data.lazy,
         val_data=data.val_folder,
         num_rows=data.num_rows,
         num_val_rows=data.num_val_rows,
@@ -156,6 +131,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         train_iters=iters,
         dp_size=dp_size,
         load=load,
+        scratch=found.scratch,
         older=older,
         run_dir=run_dir,
     )
@@ -165,6 +141,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
             args,
             data,
             model_dir=model_dir,
+            config=found.written,
             settled={"template": setup.template, "torch_dtype": setup.dtype},
         )
     _print_banner(setup, described.reason, data, tokenizer)
@@ -196,16 +173,6 @@ def _experts(model: ModelConfig) -> Experts | None:
     )
 
 
-def _described(args: TrainArguments, model_dir: Path, template: str | None, tokenizer: Tokenizer) -> Described:
-    return describe(
-        model_dir,
-        model_type=args.model_type,
-        template=template,
-        chat_template=tokenizer.chat_template,
-        extra=user_families(args),
-    )
-
-
 def find_model(model: str | None, load: Path | None, *, use_hf: bool, revision: str | None, token: str | None) -> Path:
     """The folder with config.json and tokenizer: `model`, or what a Megatron folder carries when that is gone."""
     carried = load / FOLDER if load is not None else None
@@ -213,58 +180,6 @@ def find_model(model: str | None, load: Path | None, *, use_hf: bool, revision: 
         return carried
     assert model is not None  # args.rules saw to it
     return local_model(model, use_hf=use_hf, revision=revision, token=token)
-
-
-def override(config: ModelConfig, args: TrainArguments) -> ModelConfig:
-    """The user's model parameters over config.json's."""
-    changes = {ours: value for name, ours in MODEL_FIELDS.items() if (value := getattr(args, name)) is not None}
-    if args.untie_embeddings_and_output_weights is not None:
-        changes["tied_embeddings"] = not args.untie_embeddings_and_output_weights
-    for name, value in changes.items():
-        if getattr(config, name) != value:
-            get_logger().warning(
-                "model parameter %s: %r instead of config.json's %r", name, value, getattr(config, name)
-            )
-    model = config.replace(**changes, moe=_override_experts(config, args))
-    if model.num_attention_heads % model.num_query_groups:
-        raise UsageError(
-            f"num_attention_heads {model.num_attention_heads} is not a multiple of num_query_groups {model.num_query_groups}",
-            do="leave --num_attention_heads and --num_query_groups out: config.json has them",
-        )
-    return model
-
-
-def _override_experts(config: ModelConfig, args: TrainArguments) -> MoEConfig | None:
-    moe = config.moe
-    if moe is None:
-        if args.num_experts is not None:
-            raise UsageError(
-                f"--num_experts {args.num_experts}: the model has no experts",
-                why="its config.json describes a dense model",
-                do="leave --num_experts out",
-            )
-        return None
-    changes = {ours: value for name, ours in MOE_FIELDS.items() if (value := getattr(args, name)) is not None}
-    if args.moe_layer_freq is not None:
-        changes["sparse_layers"] = _sparse_layers(args.moe_layer_freq, config.num_layers)
-    for name, value in changes.items():
-        if getattr(moe, name) != value:
-            get_logger().warning("experts' %s: %r instead of config.json's %r", name, value, getattr(moe, name))
-    return dataclasses.replace(moe, **changes)
-
-
-def _sparse_layers(text: str, num_layers: int) -> tuple[bool, ...]:
-    freq = layer_freq(text)
-    if isinstance(freq, int):
-        return tuple(i % freq == 0 for i in range(num_layers))
-    if len(freq) != num_layers or not any(freq):
-        raise UsageError(
-            f"--moe_layer_freq {text}: {len(freq)} entries for {num_layers} layers"
-            if any(freq)
-            else f"--moe_layer_freq {text}: no layer has experts",
-            do="give one 0 or 1 for each layer, at least one 1",
-        )
-    return tuple(map(bool, freq))
 
 
 def choose_dtype(args: TrainArguments, model: ModelConfig) -> str:
@@ -355,7 +270,7 @@ def _print_banner(setup: RunSetup, reason: str, data: RunData, tokenizer: Tokeni
     decay = args.lr_decay_iters or setup.train_iters
     lines = {
         "model": f"{setup.model_dir}  {model.num_layers} layers, hidden {model.hidden_size}, {num_parameters(model) / 1e6:.1f} M parameters",
-        "weights": f"{setup.load or setup.model_dir}  in {setup.dtype}"
+        "weights": f"{_weights_line(setup)}  in {setup.dtype}"
         + (", float32 masters" if setup.dtype != "float32" else ""),
         **({"experts": _experts_line(model)} if model.moe is not None else {}),
         "template": f"{setup.template} ({reason})",
@@ -378,6 +293,12 @@ def _print_banner(setup: RunSetup, reason: str, data: RunData, tokenizer: Tokeni
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("first sample, trained tokens " + ("in green:" if colour else "in ⟦ ⟧:"))
     print(render_sample(data.first, tokenizer, colour=colour), flush=True)
+
+
+def _weights_line(setup: RunSetup) -> str:
+    if setup.scratch:
+        return f"new: normal, standard deviation {setup.args.init_method_std:g}, seed {setup.args.seed}"
+    return str(setup.load or setup.model_dir)
 
 
 def _evaluation_line(setup: RunSetup) -> str:

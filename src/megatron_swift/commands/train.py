@@ -15,18 +15,18 @@ import torch
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
 from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
+from megatron_swift.checkpoint.initial import InitialWeights
 from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
 from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.checkpoint.snapshot import Snapshot
-from megatron_swift.checkpoint.weights import TORCH_DTYPES
+from megatron_swift.checkpoint.weights import TORCH_DTYPES, WeightSource
 from megatron_swift.commands.engine_options import engine_options, sizes
 from megatron_swift.commands.resuming import NothingLeft, remove_unused, resumed_state, run_settings
 from megatron_swift.commands.run_data import open_rows
 from megatron_swift.commands.saving import RunFolder, checkpoint_to_load, run_folder, saving
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.commands.stream_places import load_places, places_file
-from megatron_swift.data.cache import PackedRows
-from megatron_swift.data.loader import Layout, StreamLoader, TrainLoader, eval_batches
+from megatron_swift.data.loader import Layout, Rows, StreamLoader, TrainLoader, eval_batches
 from megatron_swift.data.order import Order
 from megatron_swift.data.streaming import Place
 from megatron_swift.parallel import mesh as meshes
@@ -87,7 +87,7 @@ def _train(setup: RunSetup, folder: RunFolder, mesh: Mesh, request: StopRequest,
     marks = [("processes", time.time())]
     parts = _build(setup, folder, mesh)
     marks.append(("model and weights", time.time()))
-    rows, val_rows = open_rows(setup.data, setup.stream, setup.val_data)
+    rows, val_rows = open_rows(setup.data, setup.stream, setup.lazy, setup.val_data)
     steps = _train_batches(parts, rows)
     outputs = _outputs(setup, folder.path, mesh) if mesh.rank == 0 else None
     if mesh.rank == 0:
@@ -159,7 +159,7 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
     places: dict[int, Place] = {}
     _agree_on_start(setup, folder)
     if setup.load is None:
-        load_weights(engine.shards, specs, HuggingFaceWeights(setup.model_dir, cfg))
+        load_weights(engine.shards, specs, _first_weights(setup))
         optimizer = Optimizer(engine.shards, decay)
     else:
         checkpoint = checkpoint_to_load(setup.load, folder, older=setup.older or ())
@@ -180,6 +180,14 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
     return _Run(setup, folder, mesh, engine, optimizer, specs, loss_scale, state, places)
 
 
+def _first_weights(setup: RunSetup) -> WeightSource:
+    """What a run without a checkpoint starts from."""
+    args, cfg = setup.args, setup.model
+    if setup.scratch:
+        return InitialWeights(num_layers=cfg.num_layers, seed=args.seed, std=args.init_method_std)
+    return HuggingFaceWeights(setup.model_dir, cfg)
+
+
 def _agree_on_start(setup: RunSetup, folder: RunFolder) -> None:
     """--load auto looks on each machine's own disk; all must have found a checkpoint, or none."""
     found = [load is not None for load in folder.group.gather(setup.load)]
@@ -191,7 +199,7 @@ def _agree_on_start(setup: RunSetup, folder: RunFolder) -> None:
         )
 
 
-def _train_batches(parts: _Run, rows: PackedRows | None) -> TrainLoader | StreamLoader:
+def _train_batches(parts: _Run, rows: Rows | None) -> TrainLoader | StreamLoader:
     setup, mesh, state = parts.setup, parts.mesh, parts.state
     args = setup.args
     if rows is None:
@@ -234,7 +242,7 @@ def _train_batches(parts: _Run, rows: PackedRows | None) -> TrainLoader | Stream
     )
 
 
-def _evaluation(setup: RunSetup, parts: _Run, rows: PackedRows | None) -> Callable[[], float] | None:
+def _evaluation(setup: RunSetup, parts: _Run, rows: Rows | None) -> Callable[[], float] | None:
     args, mesh = setup.args, parts.mesh
     if rows is None or args.eval_iters == 0:
         return None

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from megatron_swift.data.blocks import Blocks, Item, cut
+from megatron_swift.data.blocks import Blocks, Item, cut, ends_hash
 from megatron_swift.data.encode import LossScale, OverLength, Truncation, encode_many
 from megatron_swift.data.interleave import check_probabilities
 from megatron_swift.data.messages import RowError, to_conversation
@@ -34,7 +34,6 @@ STREAM_VERSION = 1  # raise it when the same input gives other rows
 BLOCKS_PER_LANE = 8  # at least, where the files are long enough
 FIRST_WINDOW = 64  # rows of a lane's first window, doubled from one to the next, so that training can begin soon
 WINDOW_BYTES = 1 << 24  # of text: a window ends there, however few its rows
-END = 1 << 16  # bytes of a file's beginning and end that its fingerprint sees
 SAID = 3  # rows left out that are shown, for each lane's process
 
 
@@ -95,16 +94,10 @@ def open_stream(sources: Sequence[Source], tokenizer: Tokenizer, options: Stream
 
 
 def _fingerprint(sets: Sequence[Blocks], tokenizer: Tokenizer, options: StreamOptions, lanes: int) -> str:
-    files = []
-    for blocks in sets:
-        for part in blocks.parts:
-            with part.path.open("rb") as file:
-                ends = hashlib.blake2b(file.read(END), digest_size=16)
-                file.seek(max(part.stamp.size - END, 0))
-                ends.update(file.read(END))
-            files.append([part.path.suffix.lower(), part.stamp.size, part.stop, ends.hexdigest()])
+    parts = [part for blocks in sets for part in blocks.parts]
+    files = [[part.path.suffix.lower(), part.stop, *ends_hash(part.path)] for part in parts]
     known = {name: value for name, value in asdict(options).items() if name not in ("template", "identity")}
-    parts = {
+    all_of_it = {
         "stream": STREAM_VERSION,
         "files": files,
         "sizes": [[blocks.size, blocks.rows, blocks.starts] for blocks in sets],
@@ -112,7 +105,7 @@ def _fingerprint(sets: Sequence[Blocks], tokenizer: Tokenizer, options: StreamOp
         "options": known | {"template": repr(options.template), "identity": repr(options.identity)},
         "lanes": lanes,
     }
-    return "stream-" + hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return "stream-" + hashlib.blake2b(json.dumps(all_of_it, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 class Ref(NamedTuple):
