@@ -69,9 +69,10 @@ def test_the_index_is_mapped_in_another_process(tmp_path, tokenizer, options, su
     sent = pickle.dumps(rows)
     again = pickle.loads(sent)
     assert ids(again) == ids(rows)
-    spans = again.rows.tables[0].files[0].spans
-    assert spans.starts.filename == Path(f"{spans.place}.starts.npy")
-    assert not spans.starts.flags.writeable
+    if suffix in (".csv", ".json"):  # the other ones have an index of few numbers
+        spans = again.rows.tables[0].files[0].spans
+        assert spans.starts.filename == Path(f"{spans.place}.starts.npy")
+        assert not spans.starts.flags.writeable
 
 
 def test_bad_rows(tmp_path, tokenizer, options, caplog):
