@@ -11,13 +11,14 @@ import megatron_swift
 from megatron_swift.args.commands import COMMANDS
 from megatron_swift.args.data_params import TemplateParams
 from megatron_swift.args.spec import params_of
-from megatron_swift.commands.setup import MODEL_FIELDS, MOE_FIELDS
+from megatron_swift.commands.model_setup import MODEL_FIELDS, MOE_FIELDS
 
 PACKAGE = Path(megatron_swift.__file__).parent
 # Which files may read a command's arguments: the command's own, and what all share.
 SHARED = (
     "args/rules.py",
     "args/moe_rules.py",
+    "args/model_rules.py",
     "args/inherit.py",
     "commands/chat_template.py",
     "cli.py",
@@ -26,6 +27,7 @@ SHARED = (
 )
 TRAINING = (
     "commands/setup.py",
+    "commands/model_setup.py",
     "commands/train.py",
     "commands/engine_options.py",
     "commands/saving.py",

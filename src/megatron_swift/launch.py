@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_swift.utils.errors import OutOfMemoryError, SwiftError, UsageError, WorkerError
 from megatron_swift.utils.files import write_text
+from megatron_swift.utils.gpus import visible_gpus
 from megatron_swift.utils.stop import NOTE, SIGNALS
 
 FAILURES = "MEGATRON_SWIFT_FAILURES"  # the folder in which a failing rank says why
@@ -30,13 +31,6 @@ TRAIN, EXPORT = "train", "export"  # what ranks can be started for
 def wants_torchrun(env: Mapping[str, str]) -> bool:
     """Whether the user asked for ranks: NPROC_PER_NODE or NNODES is set, as in Megatron-SWIFT."""
     return bool(env.get("NPROC_PER_NODE") or env.get("NNODES"))
-
-
-def visible_gpus(env: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-    """NVIDIA GPUs of this machine that CUDA_VISIBLE_DEVICES leaves visible, counted without torch; 0 where none can be seen."""
-    present = sum(path.name[6:].isdecimal() for path in devices.glob("nvidia*"))
-    chosen = env.get("CUDA_VISIBLE_DEVICES")
-    return present if chosen is None else min(present, len([part for part in chosen.split(",") if part.strip()]))
 
 
 def check_processes(env: Mapping[str, str]) -> None:

@@ -184,7 +184,7 @@ def test_json_config(tmp_path):
         ("a.yaml", "- lr", "a config file is one mapping"),
         ("a.yaml", "a: [", "not valid YAML"),
         ("a.yaml", "ENV: [1]", "ENV must map"),
-        ("a.yaml", "rotary_percent: 0.5", "rotary_percent 0.5: partial rotation is not built"),
+        ("a.yaml", "model_kwargs: {a: 1}", "settings of special models is not built"),
         ("a.json", '{"lr": 1, "lr": 2}', "the key 'lr' occurs twice"),
         ("a.json", "{", "not valid JSON"),
     ],

@@ -44,8 +44,7 @@ def test_help_shows_default_and_status():
     for part in (
         "--micro_batch_size INT Samples",
         "Also --save_steps.",
-        "[RMSNorm] (not built yet: LayerNorm)",
-        "Share of each head's dimensions that is rotated. [1.0] (not built yet)",
+        "they become upper-case environment variables. (not built yet)",
         "(no effect here: PyTorch's own kernels are used)",
         "(only true: the loss is defined per token over the global batch)",
         "Unit: minutes. [60]",

@@ -52,9 +52,9 @@ def test_defaults_obey_their_own_rules():
     ("command", "flags", "what", "do"),
     [
         (SftArguments, "--moe_layer_freq [0,2]", "a number such as 2, or a list of 0 and 1", ""),
-        (SftArguments, "--no_initialization false", "random weights", "leave it at true"),
-        (SftArguments, "--swiglu false", "GELU", "use true"),
-        (SftArguments, "--attention_dropout 0.1", "dropout", "use 0.0"),
+        (SftArguments, "--position_embedding_type relative", "T5", ""),
+        (SftArguments, "--attention_dropout 1", "must be below 1", ""),
+        (SftArguments, "--rotary_percent 1.5", "must be at most 1", ""),
         (SftArguments, "--loss_scale agentflan", "documented nowhere", ""),
         (SftArguments, "--template_date 30.4.2025", "a date such as 2025-04-30", ""),
         (SftArguments, "--interleave_prob 0.5 0", "must be above 0", ""),

@@ -30,6 +30,14 @@ def _layer_freq_problem(text: str) -> str:
     return ""
 
 
+def _position_problem(kind: str) -> str:
+    return (
+        "rope, learned_absolute or none: Megatron's relative positions are T5's, whose bias fused attention kernels do not take"
+        if kind == "relative"
+        else ""
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSourceParams(Arguments):
     group: ClassVar[str] = "Model source"
@@ -68,60 +76,97 @@ class ModelSourceParams(Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShapeParams(Arguments):
+    """Each says how the model differs from its config.json; without a config.json they describe it alone (docs/pretraining.md)."""
+
     group: ClassVar[str] = "Model"
 
     num_layers: int | None = param(None, f"Transformer layers. {_CONFIG}", at_least=1)
     hidden_size: int | None = param(None, f"Width of the residual stream. {_CONFIG}", at_least=1)
-    ffn_hidden_size: int | None = param(None, f"Inner width of the feed-forward network. {_CONFIG}", at_least=1)
+    ffn_hidden_size: int | None = param(
+        None,
+        "Inner width of the feed-forward network. Default: from config.json, else 4 x hidden_size, or with swiglu 8/3 of it in "
+        "multiples of 64.",
+        at_least=1,
+    )
     num_attention_heads: int | None = param(None, f"Query heads. {_CONFIG}", at_least=1)
     group_query_attention: bool | None = param(
-        None, "Share each key and value head between several query heads.", no_effect="it follows from num_query_groups"
+        None,
+        "Share each key and value head between several query heads: true needs num_query_groups, false gives each query head its own.",
     )
-    num_query_groups: int | None = param(None, f"Key and value heads. {_CONFIG}", at_least=1)
+    num_query_groups: int | None = param(
+        None, "Key and value heads. Default: from config.json, else num_attention_heads.", at_least=1
+    )
     max_position_embeddings: int | None = param(
-        None, f"Longest sequence in tokens that the model knows. {_CONFIG}", at_least=1
+        None,
+        "Longest sequence in tokens that the model knows. Default: from config.json, else max_length.",
+        at_least=1,
     )
-    position_embedding_type: Literal["learned_absolute", "rope", "relative", "none"] = param(
-        "rope", "How positions enter the model.", not_yet="another position embedding than rope"
+    position_embedding_type: Literal["learned_absolute", "rope", "relative", "none"] | None = param(
+        None,
+        "How positions enter the model: rotated queries and keys, a learned vector for each, or not at all. "
+        "Default: from config.json, else rope.",
+        check=_position_problem,
     )
-    rotary_base: int | None = param(None, f"Base of the rotary frequencies (rope_theta). {_CONFIG}", at_least=1)
-    rotary_percent: float = param(
-        1.0, "Share of each head's dimensions that is rotated.", above=0, at_most=1, not_yet="partial rotation"
+    rotary_base: int | None = param(
+        None, "Base of the rotary frequencies (rope_theta). Default: from config.json, else 10000.", at_least=1
     )
-    normalization: Literal["LayerNorm", "RMSNorm"] = param("RMSNorm", "Kind of the norms.", not_yet="LayerNorm")
-    norm_epsilon: float | None = param(None, f"Added to the mean square inside a norm. {_CONFIG}", above=0)
+    rotary_percent: float | None = param(
+        None,
+        "Share of each head's dimensions, the first ones, that is rotated. Default: from config.json, else 1.",
+        above=0,
+        at_most=1,
+    )
+    normalization: Literal["LayerNorm", "RMSNorm"] | None = param(
+        None, "Kind of the norms. Default: from config.json, else RMSNorm."
+    )
+    norm_epsilon: float | None = param(
+        None, "Added to the mean square inside a norm. Default: from config.json, else 1e-5.", above=0
+    )
     swiglu: bool | None = param(
         None,
-        "Use the gated SwiGLU activation instead of GELU. Default: true.",
-        not_yet="the GELU activation",
-        built=(True,),
+        "Use the gated SwiGLU activation instead of GELU, which is exact. Default: from config.json, else true.",
     )
     untie_embeddings_and_output_weights: bool | None = param(
-        None, "Give the output layer weights of its own instead of the embedding's. Default: from config.json."
+        None,
+        "Give the output layer weights of its own instead of the embedding's. Default: from config.json, else true.",
     )
     disable_bias_linear: bool | None = param(
-        None,
-        "No bias in linear layers (but see add_qkv_bias). Default: true.",
-        not_yet="bias in all linear layers",
-        built=(True,),
+        None, "No bias in linear layers (but see add_qkv_bias). Default: from config.json, else true."
     )
-    add_qkv_bias: bool | None = param(None, f"Bias in the query, key and value projections. {_CONFIG}")
+    add_qkv_bias: bool | None = param(
+        None, "Bias in the query, key and value projections. Default: from config.json, else true."
+    )
     attention_dropout: float | None = param(
-        None, "Dropout of attention weights. Default: 0.", at_least=0, below=1, not_yet="dropout", built=(0.0,)
+        None,
+        "Dropout of attention weights in training; the core attention is then written out, which is slow. Default: 0.",
+        at_least=0,
+        below=1,
     )
     hidden_dropout: float = param(
-        0.0, "Dropout after attention and feed-forward.", at_least=0, below=1, not_yet="dropout"
+        0.0, "Dropout in training of embeddings and after attention and feed-forward.", at_least=0, below=1
     )
     kv_channels: int | None = param(
         None, "Dimensions of each head. Default: from config.json, else hidden_size / num_attention_heads.", at_least=1
     )
-    qk_layernorm: bool | None = param(None, f"Normalise each query and key head before the rotation. {_CONFIG}")
+    qk_layernorm: bool | None = param(
+        None, "Normalise each query and key head before the rotation. Default: from config.json, else false."
+    )
     transformer_impl: Literal["local", "transformer_engine"] = param(
         "transformer_engine", "Implementation of the layers.", no_effect="PyTorch's own kernels are used"
     )
-    padded_vocab_size: int | None = param(None, f"Rows of the embedding. {_CONFIG}", at_least=1)
+    padded_vocab_size: int | None = param(
+        None,
+        "Rows of the embedding. Default: from config.json, else the tokenizer's tokens up to a multiple of 128.",
+        at_least=1,
+    )
     rope_scaling: dict[str, Any] | None = param(
         None, "Scaling of the rotary frequencies, as JSON in the form of Llama 3.1's config.json. " + _CONFIG
+    )
+    init_method_std: float = param(
+        0.02,
+        "With no_initialization false: standard deviation of initial weights; of those added to the residual stream it is divided by "
+        "the root of 2 x num_layers.",
+        above=0,
     )
 
 

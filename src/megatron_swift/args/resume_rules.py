@@ -29,6 +29,7 @@ CONSEQUENCES = {
     "dataloader_type": _ORDER,
     **dict.fromkeys(("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_decay_iters"), _RATE),
     **dict.fromkeys(("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad"), _STEP),
+    **dict.fromkeys(("attention_dropout", "hidden_dropout"), _STEP),
     **dict.fromkeys(("template", "max_length", "truncation_strategy", "packing", "loss_scale", "data_seed"), _ROWS),
     "split_dataset_ratio": _ROWS,
     "dtype": "weights and matrix products in another precision",

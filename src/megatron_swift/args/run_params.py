@@ -74,7 +74,9 @@ class CheckpointParams(Arguments):
         "first rank writes. Both load under any parallel layout; zarr is read, but not written. What is loaded may have any of the three.",
     )
     no_initialization: bool = param(
-        True, "Do not draw initial weights: they come from load or model.", not_yet="training from random weights"
+        True,
+        "Do not draw initial weights: they come from load or model. false = train from scratch where load names no checkpoint; model then "
+        "needs a tokenizer only, and a config.json or parameters that describe it.",
     )
     auto_detect_ckpt_format: bool = param(
         True, "Find out the format of the checkpoint in load.", no_effect="the format is always found out"

@@ -8,10 +8,11 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
-from megatron_swift.checkpoint.companions import FOLDER, copy_companions
+from megatron_swift.checkpoint.companions import CONFIG, FOLDER, copy_companions
 from megatron_swift.commands.run_data import RunData
 from megatron_swift.utils.files import storage_errors, write_json
 
@@ -38,10 +39,20 @@ def make_run_dir(save: str, *, add_version: bool) -> Path:
 
 
 def write_run_files(
-    run_dir: Path, args: TrainArguments, data: RunData, *, model_dir: Path, settled: dict[str, object]
+    run_dir: Path,
+    args: TrainArguments,
+    data: RunData,
+    *,
+    model_dir: Path,
+    config: dict[str, Any] | None,
+    settled: dict[str, object],
 ) -> None:
-    """args.json with the settled values, the data report, the validation rows that were split off, and the model's companions."""
+    """args.json with the settled values, the data report, the validation rows that were split off, and the model's companions.
+
+    config : the run's config.json where it is not model_dir's: the model is then known by the run's own folder.
+    """
     known = args.model if model_dir.name == FOLDER else str(model_dir.absolute())
+    known = known if config is None else str(run_dir / FOLDER)
     resolved = dataclasses.replace(args, model=known, save=str(run_dir))
     write_json(run_dir / "args.json", to_json(resolved) | settled)
     write_json(run_dir / "data_report.json", data.report())
@@ -51,3 +62,5 @@ def write_run_files(
     carried = run_dir / FOLDER
     if not (carried.exists() and carried.samefile(model_dir)):  # resuming in place, when the model itself is gone
         copy_companions(model_dir, carried, config=True)
+    if config is not None:
+        write_json(carried / CONFIG, config)

@@ -39,9 +39,9 @@ from megatron_swift.data.show import render_sample
 from megatron_swift.data.streaming import Stream
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
-from megatron_swift.launch import visible_gpus
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.utils.errors import UsageError
+from megatron_swift.utils.gpus import visible_gpus
 from megatron_swift.utils.hub import local_model
 from megatron_swift.utils.log import get_logger
 
@@ -99,15 +99,8 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     found = settle_model(args, model_dir, load, tokenizer, gpus=visible_gpus(env))
     described, model = found.described, found.config
     template = chosen_template(args, described.template, tokenizer)
-    check_lengths(args, max_position_embeddings=model.max_position_embeddings)
-    dp_size = data_parallel_size(args, world_size=world_size(env))
-    check_experts(args, _experts(model), world_size=world_size(env))
-    check_layout(args, _shape(model), num_micro_batches=args.global_batch_size // (args.micro_batch_size * dp_size))
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UsageError(
-            f"the tokenizer of {model_dir} has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}",
-            do="use the tokenizer that belongs to the model",
-        )
+    dp_size = _check_shape(args, model, world_size=world_size(env))
+    check_vocabulary(model_dir, tokenizer, model)
     data = prepare_data(args, data_options(args, template, longest=model.max_position_embeddings), tokenizer)
     iters = train_iters(args, data.num_rows)
     check_schedule(args, train_iters=iters)
@@ -146,6 +139,24 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         )
     _print_banner(setup, described.reason, data, tokenizer)
     return setup
+
+
+def _check_shape(args: TrainArguments, model: ModelConfig, *, world_size: int) -> int:
+    """Data-parallel ranks. Raises UsageError where the model does not fit the lengths or the ranks."""
+    check_lengths(args, max_position_embeddings=model.max_position_embeddings)
+    dp_size = data_parallel_size(args, world_size=world_size)
+    check_experts(args, _experts(model), world_size=world_size)
+    check_layout(args, _shape(model), num_micro_batches=args.global_batch_size // (args.micro_batch_size * dp_size))
+    return dp_size
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raise UsageError for a token that has no row in the embedding."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UsageError(
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, the model's vocabulary {model.vocab_size}",
+            do="use the tokenizer that belongs to the model",
+        )
 
 
 def _shape(model: ModelConfig) -> Shape:

@@ -91,17 +91,19 @@ def describe(
         return Described(family, config, found.name if found else family.name, template, "as told by --template")
     if found is not None:
         return Described(family, config, found.name, found.template, f"by the folder's name, {folder.name}")
+    return _by_template(folder, family, config, chat_template, architectures[0])
+
+
+def _by_template(
+    folder: Path, family: Family, config: ModelConfig, chat_template: str | None, architecture: str
+) -> Described:
+    """Of a folder whose name says nothing."""
     for marker, name in _TEMPLATE_MARKERS:
         if chat_template and marker in chat_template:
             return Described(family, config, family.name, name, f"by {marker!r} in the model's chat template")
     if len({t.template for t in family.model_types}) == 1:
-        return Described(
-            family,
-            config,
-            family.model_types[0].name,
-            family.model_types[0].template,
-            f"the only one of {architectures[0]}",
-        )
+        only = family.model_types[0]
+        return Described(family, config, only.name, only.template, f"the only one of {architecture}")
     names = ", ".join(f"{t.name} ({t.template})" for t in family.model_types)
     raise UsageError(
         f"cannot tell which chat template {folder} speaks",
