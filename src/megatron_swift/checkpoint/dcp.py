@@ -140,14 +140,17 @@ def save_pieces(
     process_group: dist.ProcessGroup | None = None,
     threads: int = 1,
     objects: Mapping[str, bytes] | None = None,
+    one_by_one: bool = False,
 ) -> dict[str, Entry]:
     """Write the pieces of all ranks into `folder`, which exists; returns the checksums of the files that this rank wrote.
 
     objects : things that are no tensors, by key, as torch.save made them; each from one rank.
+    one_by_one : a thread reads no piece before its last one is written, also where torch would copy ahead for a GPU.
     With `distributed` every rank of the group (None: the default one) must call it. threads: files per rank.
     What fails on one rank is raised on all of them.
     """
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads)
+    ahead = {"per_thread_copy_ahead": 0} if one_by_one else {}
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads, **ahead)
     writer.fs = files = SummedFiles()
     kept = [p for p in pieces if math.prod(p.size)]
     planner = _SavePieces()
@@ -163,6 +166,8 @@ def save_pieces(
             )
     except CheckpointException as error:  # a BaseException, which nobody above expects
         raise _cause(error, folder) from None
+    if files.failure is not None:  # in a thread: torch has gone on without its file
+        raise disk_full(folder) if is_disk_full(files.failure) else files.failure
     if planner.is_coordinator:
         files.entries["metadata.json"] = write_file(folder / "metadata.json", json.dumps(METADATA_JSON).encode())
     return files.entries

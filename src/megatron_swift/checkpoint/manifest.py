@@ -87,17 +87,25 @@ class _Summed(io.RawIOBase):
 
 
 class SummedFiles(FileSystem):
-    """The file system of torch's checkpoint writer; `entries` tells of each file what was written."""
+    """The file system of torch's checkpoint writer; `entries` tells of each file what was written.
+
+    failure : what went wrong with one of them. In another thread than the main one, torch's writer lets it go unnoticed.
+    """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self.failure: Exception | None = None
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[io.IOBase, None, None]:
         assert mode == "wb", mode
-        with open(path, mode) as file:
-            summed = _Summed(cast(BinaryIO, file))
-            yield summed
+        try:
+            with open(path, mode) as file:
+                summed = _Summed(cast(BinaryIO, file))
+                yield summed
+        except Exception as error:
+            self.failure = error
+            raise
         self.entries[Path(path).name] = summed.sums.entry()
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -72,6 +72,13 @@ class _Part:
     ep_size: int
     first_layer: int
     tensors: dict[str, Tensor]
+
+    @cached_property
+    def num_experts(self) -> int:
+        """How many experts this rank holds of each layer."""
+        numbers = [int(m[2] or m[5] or 0) for key in self.tensors if (m := _EXPERT.match(key))]
+        routed = [len(tensor) for key, tensor in self.tensors.items() if key.endswith(".mlp.router.weight")]
+        return max(numbers) + 1 if numbers else max(routed, default=1) // self.ep_size
 
 
 @dataclass(frozen=True)
@@ -142,11 +149,11 @@ def _pieces(key: str, tensor: Tensor, part: _Part) -> Iterator[tuple[str, _Piece
     one, grouped = _EXPERT.match(key), _GROUPED.match(key)
     if one:
         local, matrix = int(one[2] or one[5] or 0), one[3] or one[4]
-        number = part.ep * _num_experts(part) + local
+        number = part.ep * part.num_experts + local
         yield f"{one[1]}{matrix}.weight", _Piece(part.tp, part.tp_size, tensor, number)
     elif grouped:
         # [hidden, experts x rows] and [experts x columns, hidden], used as batches of transposed matrices.
-        count = _num_experts(part)
+        count = part.num_experts
         hidden = tensor.shape[0] if grouped[2] == "1" else tensor.shape[1]
         batch = tensor.view(count, hidden, -1) if grouped[2] == "1" else tensor.view(count, -1, hidden)
         for local in range(count):
@@ -154,13 +161,6 @@ def _pieces(key: str, tensor: Tensor, part: _Part) -> Iterator[tuple[str, _Piece
             yield f"{grouped[1]}linear_fc{grouped[2]}.weight", piece
     else:
         yield key, _Piece(part.tp, part.tp_size, tensor)
-
-
-def _num_experts(part: _Part) -> int:
-    """How many experts this rank holds of each layer."""
-    numbers = [int(m[2] or m[5] or 0) for key in part.tensors if (m := _EXPERT.match(key))]
-    routed = [len(tensor) for key, tensor in part.tensors.items() if key.endswith(".mlp.router.weight")]
-    return max(numbers) + 1 if numbers else max(routed, default=1) // part.ep_size
 
 
 def _our_name(name: str, specs: Mapping[str, TensorSpec]) -> str:
