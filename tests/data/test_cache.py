@@ -72,7 +72,7 @@ def test_hit_and_miss_are_said(tmp_path, caplog):
     assert again.folder == tmp_path / "k1"
     assert "hit k1" in caplog.text
     assert not build_once(tmp_path, "k1", build=build, check=check, use_cache=False).hit
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["k1", "k1.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k1", "k1.checked", "k1.lock"]
 
 
 @pytest.mark.parametrize("name", [*(f"{name}.bin" for name in DTYPES), "meta.json"])
@@ -129,7 +129,7 @@ def test_killed_build_is_cleared_away(tmp_path):
     assert not (tmp_path / "k").exists()
     assert len(list(tmp_path.iterdir())) == 2
     build_once(tmp_path, "k", build=build, check=check)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["k", "k.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k", "k.checked", "k.lock"]
 
 
 def test_of_two_processes_one_builds(tmp_path):

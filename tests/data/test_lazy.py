@@ -50,7 +50,7 @@ def test_the_rows_of_prepare_in_its_order(tmp_path, tokenizer, options, values):
     found, eager = lazy(given, tokenizer), prepare(given, tokenizer)
     assert ids(found.train) == ids(eager.train)
     assert (ids(found.val) if found.val else None) == (ids(eager.val) if eager.val else None)
-    assert found.val_rows == eager.val_rows
+    assert found.val_rows == list(eager.val_rows)
     assert found.rows_read == eager.report.rows_read
 
 

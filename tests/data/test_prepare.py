@@ -62,7 +62,7 @@ def test_rows_in_order(tmp_path, tokenizer, options):
     plain = prepare(options(data, dataset_shuffle=False), tokenizer)
     assert texts(plain, tokenizer) == [[number] for number in range(30)]
     assert plain.val is None
-    assert plain.val_rows == []
+    assert not list(plain.val_rows)
     assert (plain.first.ids == plain.train.row(0)[0].ids).all()
     shuffled = texts(prepare(options(data), tokenizer), tokenizer)
     assert sorted(shuffled) == texts(plain, tokenizer) != shuffled
@@ -129,7 +129,7 @@ def test_val_dataset_switches_the_split_off(tmp_path, tokenizer, options):
     prepared = prepare(options(data, val_dataset=(f"{val}#3",), split_dataset_ratio=0.5), tokenizer)
     assert len(prepared.train) == 20
     assert len(prepared.val) == 3
-    assert prepared.val_rows == []
+    assert not list(prepared.val_rows)
     whole = prepare(options(data, val_dataset=(str(val),)), tokenizer)
     assert texts(whole, tokenizer, val=True) == [[number] for number in range(7)]
 

@@ -162,8 +162,8 @@ def test_no_rows(tmp_path, tokenizer, options, raw):
 def test_a_file_that_changes_between_its_hash_and_its_rows(tmp_path, tokenizer, options, monkeypatch):
     path = write_rows(tmp_path / "d.jsonl", qa(1, 2))
 
-    def hash_then_append(paths: tuple[Path, ...]) -> str:
-        result = hash_files(paths)
+    def hash_then_append(paths: tuple[Path, ...], **memory: Path) -> str:
+        result = hash_files(paths, **memory)
         with path.open("a") as file:
             file.write(json.dumps(qa(3)[0]))
         return result

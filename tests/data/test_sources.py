@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_swift.data.registry import Identity
-from megatron_swift.data.sources import Table, find_source, hash_files, parse_dataset
+from megatron_swift.data.sources import Table, find_source, parse_dataset
 from megatron_swift.utils.errors import DataError, SwiftError, UsageError
 
 ALPACA = {"instruction": "a", "input": "", "output": "b"}
@@ -173,12 +173,3 @@ def test_names_with_spaces_and_other_scripts(tmp_path):
     for value in (path, folder, f"{path}#7"):
         table = open_table(value)
         assert table.where(1) == f"{path}:2"
-
-
-def test_hash_follows_content_and_order(tmp_path):
-    a, b = write_lines(tmp_path / "a.jsonl", [{"n": 1}]), write_lines(tmp_path / "b.jsonl", [{"n": 2}])
-    copy = write_lines(tmp_path / "c.jsonl", [{"n": 1}])
-    assert hash_files([a]) == hash_files([copy]) != hash_files([b])
-    assert hash_files([a, b]) != hash_files([b, a])
-    with pytest.raises(DataError, match="cannot be read"):
-        hash_files([tmp_path / "gone.jsonl"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class RunData:
         return self.prepared.folder if self.stream is not None and self.prepared is not None else None
 
     @property
-    def val_rows(self) -> list[dict[str, Any]]:
+    def val_rows(self) -> Sequence[dict[str, Any]]:
         """The validation rows that were split off."""
         if self.lazy is not None:
             return self.lazy.val_rows

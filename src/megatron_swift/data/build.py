@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_swift.data.cache import RowWriter, write_checked
+from megatron_swift.data.cache import RowWriter, file_checksum, write_checked
 from megatron_swift.data.choice import choose
 from megatron_swift.data.chunks import OVER_LENGTH, Fault, Index, Rows, conversation_json, encode_chunk, find_faults
 from megatron_swift.data.encode import encode_many
 from megatron_swift.data.options import DataOptions
-from megatron_swift.data.packing import pack
+from megatron_swift.data.packing import pack_arrays
+from megatron_swift.data.progress import Progress
 from megatron_swift.data.readers import Stamp, changed
 from megatron_swift.data.registry import Identity
 from megatron_swift.data.report import Part, Report
@@ -27,7 +29,9 @@ from megatron_swift.utils.errors import DataError
 from megatron_swift.utils.log import get_logger
 
 CHUNK = 1000  # rows encoded at a time
+BLOCK = 1 << 16  # rows of an index computed with at a time: what takes memory for every row is kept few
 OUTCOME = "outcome.json"
+VAL_ROWS = "val_rows.jsonl"
 SKIP_HINT = "use --strict false to leave such rows out and count them"
 
 
@@ -79,9 +83,19 @@ class Builder:
         outcome = {
             "report": report.as_json(),
             "has_val": has_val,
-            "val_rows": [conversation_json(self.rows.read(number)) for number in val.tolist()] if split else [],
+            "val_rows": self._write_val_rows(staging / VAL_ROWS, val) if split else None,
         }
         write_checked(staging / OUTCOME, outcome)
+
+    def _write_val_rows(self, path: Path, val: Index) -> int:
+        """The rows as {"messages": [...]}, one a line; the file's checksum."""
+        with path.open("w", encoding="utf-8") as file:
+            for number in val:
+                row = conversation_json(self.rows.read(int(number)))
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return file_checksum(path)
 
     def _no_val(self) -> None:
         why = self.report.reasons()
@@ -93,14 +107,15 @@ class Builder:
         """The rows of each table that are not malformed, in the files' order."""
         starts = self.rows.starts
         good = np.ones(starts[-1], np.bool_)
-        for faults in self._in_order(partial(find_faults, self.rows), np.arange(starts[-1]), "checked"):
+        dtype = np.int32 if starts[-1] < 1 << 31 else np.int64
+        for faults in self._in_order(partial(find_faults, self.rows), range(starts[-1]), "checked"):
             self._count(faults)
             good[[fault.number for fault in faults]] = False
         usable = []
         for table, start, stop in zip(self.rows.tables, starts[:-1], starts[1:], strict=True):
             value = table.source.request.value
             self.report.rows_read[value] = self.report.rows_read.get(value, 0) + int(stop - start)
-            usable.append(start + np.flatnonzero(good[start:stop]))
+            usable.append((start + np.flatnonzero(good[start:stop])).astype(dtype))
             if not len(usable[-1]):
                 why = self.report.reasons() if stop > start else "it is empty"
                 files = ", ".join(str(path) for path in table.source.paths[:3])
@@ -124,7 +139,10 @@ class Builder:
         """How many rows of each data set were chosen, into the report."""
         edges = self.rows.starts[1:]
         for chosen, counts in ((train, self.report.rows_train), (val, self.report.rows_val)):
-            found = np.bincount(np.searchsorted(edges, chosen, side="right"), minlength=len(edges))
+            found = np.zeros(len(edges), np.int64)
+            for at in range(0, len(chosen), BLOCK):
+                tables = np.searchsorted(edges, chosen[at : at + BLOCK], side="right")
+                found += np.bincount(tables, minlength=len(edges))
             for table, count in zip(self.rows.tables, found.tolist(), strict=True):
                 value = table.source.request.value
                 counts[value] = counts.get(value, 0) + count
@@ -132,12 +150,12 @@ class Builder:
     def _write(self, folder: Path, wanted: Index) -> Part:
         """Encode each row of `wanted` once, pack and write them in the order of `wanted`."""
         unique = np.unique(wanted)
-        numbers = [np.zeros(0, np.int64)]
+        numbers = [np.zeros(0, wanted.dtype)]
         part = Part(rows_wanted=len(wanted))
         with RowWriter(folder) as writer:
             for chunk in self._in_order(partial(encode_chunk, self.rows, self.encode), unique, "encoded"):
                 self._count(chunk.faults)
-                numbers.append(chunk.numbers)
+                numbers.append(chunk.numbers.astype(wanted.dtype))
                 writer.add(
                     ids=chunk.ids,
                     labels=chunk.labels,
@@ -145,37 +163,43 @@ class Builder:
                     lengths=chunk.lengths,
                     trained=chunk.trained,
                 )
-            kept = np.concatenate(numbers)  # sorted, as `unique` is
-            lengths = writer.lengths[order := _expand(kept, wanted)]
-            members, sizes = order, np.ones(len(order), np.int64)
+            order = _expand(np.concatenate(numbers), wanted)  # the numbers are sorted, as `unique` is
+            del unique, numbers
+            lengths = writer.lengths[order]
+            members, sizes = order, np.ones(len(order), np.int32)
             if self.options.packing and len(order):
                 assert self.options.max_length is not None
-                packs = pack(lengths.tolist(), self.options.max_length)
-                members = order[np.concatenate([np.array(group, np.int64) for group in packs])]
-                sizes = np.array([len(group) for group in packs], np.int64)
-                part.efficiency = float(lengths.sum()) / (len(packs) * self.options.max_length)
+                places, sizes = pack_arrays(lengths, self.options.max_length)
+                members = order[places]
+                part.efficiency = int(lengths.sum(dtype=np.int64)) / (len(sizes) * self.options.max_length)
+            part.trained = writer.count_trained(members)
             writer.finish(members=members, sizes=sizes)
-        part.samples, part.rows, part.tokens = len(order), len(sizes), int(lengths.sum())
-        part.trained = writer.count_trained(members)
+        part.samples, part.rows, part.tokens = len(order), len(sizes), int(lengths.sum(dtype=np.int64))
         part.measure(lengths)
         return part
 
-    def _in_order(self, job: Callable[[Index], Any], numbers: Index, done: str) -> Iterator[Any]:
-        """job(chunk) for each chunk of `numbers`, in order, with a word now and then on how far it is."""
+    def _in_order(self, job: Callable[[Any], Any], numbers: Index | range, done: str) -> Iterator[Any]:
+        """job(chunk) for each chunk of `numbers`, in order, saying how far it is."""
         chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
-        last = time.monotonic()
+        progress = Progress(done, len(numbers))
         results = map_in_order(
             job, chunks, num_proc=self.options.dataset_num_proc, start_method=self.options.start_method
         )
-        for number, result in enumerate(results, 1):
-            if time.monotonic() - last > 10:
-                last = time.monotonic()
-                get_logger().info("data: %s %d of %d rows", done, min(number * CHUNK, len(numbers)), len(numbers))
-            yield result
+        try:
+            for number, result in enumerate(results, 1):
+                yield result
+                progress.update(min(number * CHUNK, len(numbers)))
+        finally:
+            progress.close()
+        progress.finish()
 
 
 def _expand(kept: Index, wanted: Index) -> Index:
     """The places in `kept`, sorted and with repeats, of each of `wanted` in turn: none, one, or several that follow one another."""
-    stop = np.searchsorted(kept, wanted, "right")
-    counts = stop - np.searchsorted(kept, wanted, "left")
-    return np.repeat(stop - np.cumsum(counts), counts) + np.arange(counts.sum())
+    parts = [np.zeros(0, wanted.dtype)]
+    for at in range(0, len(wanted), BLOCK):
+        block = wanted[at : at + BLOCK]
+        stop = np.searchsorted(kept, block, "right")
+        counts = stop - np.searchsorted(kept, block, "left")
+        parts.append((np.repeat(stop - np.cumsum(counts), counts) + np.arange(counts.sum())).astype(wanted.dtype))
+    return np.concatenate(parts)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from megatron_swift.data.stamps import tree_stamps
 from megatron_swift.data.types import IGNORE, Sample
 from megatron_swift.utils.errors import StorageError
 from megatron_swift.utils.log import get_logger
@@ -62,7 +63,7 @@ class PackedRows:
     def check(self) -> None:
         """Read everything and compare with the checksums; Damaged where they differ."""
         for name, entry in self.meta["arrays"].items():
-            if _checksum(self.folder / f"{name}.bin") != entry["crc32"]:
+            if file_checksum(self.folder / f"{name}.bin") != entry["crc32"]:
                 raise Damaged(f"{self.folder / name}.bin has changed")
 
     def __reduce__(self) -> tuple:
@@ -98,8 +99,9 @@ class RowWriter:
         folder.mkdir(parents=True)
         self.folder = folder
         self._files: dict[str, BinaryIO] = {name: self._open(name) for name in DTYPES}
-        self._lengths: list[np.ndarray] = []
-        self._trained: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []  # int32: with a million rows and more it counts
+        self._end = 0
+        self._write("offsets", np.zeros(1))
 
     def _open(self, name: str) -> BinaryIO:
         return (self.folder / f"{name}.bin").open("wb")
@@ -132,8 +134,10 @@ class RowWriter:
         self._write("labels", labels)
         if WEIGHTS in self._files:
             self._write(WEIGHTS, labels != IGNORE if weights is None else weights)
-        self._lengths.append(lengths)
-        self._trained.append(trained)
+        self._write("offsets", self._end + np.cumsum(lengths))
+        self._write("trained", trained)
+        self._lengths.append(lengths.astype(np.int32))
+        self._end += int(lengths.sum())
 
     def _weigh_alike(self) -> None:
         """Write the weights of the samples so far, which have none of their own."""
@@ -144,34 +148,38 @@ class RowWriter:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample so far, int64 [samples]."""
-        return np.concatenate([np.zeros(0, np.int64), *self._lengths])
+        """Tokens of each sample so far, int32 [samples]."""
+        if len(self._lengths) != 1:
+            self._lengths = [np.concatenate([np.zeros(0, np.int32), *self._lengths])]
+        return self._lengths[0]
 
     def count_trained(self, members: np.ndarray) -> int:
         """Trained tokens of these samples together."""
-        return int(np.concatenate([np.zeros(0, np.int64), *self._trained])[members].sum())
+        if not len(members):
+            return 0
+        self._files["trained"].flush()
+        trained = np.memmap(self.folder / "trained.bin", DTYPES["trained"], "r")
+        return int(trained[members].sum(dtype=np.int64))
 
     def finish(self, *, members: np.ndarray, sizes: np.ndarray) -> None:
         """Write which samples each row holds, then the description, all flushed to disk.
 
-        sizes : samples in each row. members : int64 [sum of sizes], the samples of all rows one after another.
+        sizes : samples in each row. members : int [sum of sizes], the samples of all rows one after another.
         """
-        lengths, trained = self.lengths, np.concatenate([np.zeros(0, np.int64), *self._trained])
-        self._write("offsets", np.concatenate([[0], np.cumsum(lengths)]))
-        self._write("trained", trained)
+        num_trained = self.count_trained(members)
         self._write("packs", np.concatenate([[0], np.cumsum(sizes)]))
         self._write("members", members)
         arrays = {}
         for name, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
-            arrays[name] = {"bytes": file.tell(), "crc32": _checksum(self.folder / f"{name}.bin")}
+            arrays[name] = {"bytes": file.tell(), "crc32": file_checksum(self.folder / f"{name}.bin")}
         meta = {
             "format": FORMAT,
             "rows": len(sizes),
-            "samples": len(lengths),
-            "num_tokens": int(lengths[members].sum()),
-            "num_trained": int(trained[members].sum()),
+            "samples": len(self.lengths),
+            "num_tokens": int(self.lengths[members].sum(dtype=np.int64)),
+            "num_trained": num_trained,
             "arrays": arrays,
         }
         write_checked(self.folder / META, meta)
@@ -205,7 +213,8 @@ def _text_checksum(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
-def _checksum(path: Path) -> int:
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
     total = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -226,12 +235,21 @@ class Entry(NamedTuple):
 
 
 def build_once(
-    cache_dir: Path, key: str, *, build: Callable[[Path], None], check: Callable[[Path], None], use_cache: bool = True
+    cache_dir: Path,
+    key: str,
+    *,
+    build: Callable[[Path], None],
+    check: Callable[[Path], None],
+    use_cache: bool = True,
+    why: Callable[[], str] = str,
 ) -> Entry:
     """The folder cache_dir/key, made by `build` unless `check` accepts the one that is there (it raises Damaged).
 
     Several processes may call this at once: one builds, the others wait and find it. `build` fills a staging folder
     that is renamed when it is complete, so an interrupted build leaves no entry. use_cache False builds in any case.
+    An entry whose files are still those that were checked last, by size, times and inode, is not checked again.
+
+    why : what to say about a miss, asked only then.
     """
     log = get_logger()
     final = cache_dir / key
@@ -241,7 +259,8 @@ def build_once(
             if use_cache and _accepts(final, check):
                 log.info("data cache: hit %s in %s", key, cache_dir)
                 return Entry(final, True)
-            log.info("data cache: %s %s in %s", "miss" if use_cache else "not used, building", key, cache_dir)
+            reason = f": {text}" if use_cache and not final.is_dir() and (text := why()) else ""
+            log.info("data cache: %s %s in %s%s", "miss" if use_cache else "not used, building", key, cache_dir, reason)
             for stale in cache_dir.glob(f".{key}.*"):  # left by a build that was killed: we hold the lock
                 shutil.rmtree(stale, ignore_errors=True)
             staging = cache_dir / f".{key}.{uuid.uuid4().hex[:8]}"
@@ -249,6 +268,7 @@ def build_once(
             try:
                 build(staging)
                 _publish(staging, final)
+                _note_checked(final)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
             return Entry(final, False)
@@ -263,12 +283,33 @@ def build_once(
 def _accepts(final: Path, check: Callable[[Path], None]) -> bool:
     if not final.is_dir():
         return False
+    if _checked_before(final):
+        return True
     try:
         check(final)
     except Damaged as error:
         get_logger().warning("data cache: %s; building it again", error)
         return False
+    _note_checked(final)
     return True
+
+
+def _stamps_file(final: Path) -> Path:
+    return final.with_name(f"{final.name}.checked")
+
+
+def _checked_before(final: Path) -> bool:
+    try:
+        known = read_checked(_stamps_file(final))
+    except Damaged:  # or absent
+        return False
+    return bool(known == tree_stamps(final))
+
+
+def _note_checked(final: Path) -> None:
+    draft = _stamps_file(final).with_suffix(f".{uuid.uuid4().hex[:8]}")
+    write_checked(draft, tree_stamps(final))
+    draft.replace(_stamps_file(final))
 
 
 def _publish(staging: Path, final: Path) -> None:

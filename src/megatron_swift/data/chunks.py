@@ -17,7 +17,7 @@ from megatron_swift.utils.errors import DataError
 
 OVER_LENGTH = "longer than max_length"
 
-Index = np.ndarray  # int64 [rows]: numbers of rows, counted through all tables
+Index = np.ndarray  # int32 or int64 [rows]: numbers of rows, counted through all tables
 
 
 class Rows:
@@ -80,10 +80,10 @@ def conversation_json(row: Conversation) -> dict[str, Any]:
     return {"messages": turns, **({"tools": list(row.tools)} if row.tools else {})}
 
 
-def find_faults(rows: Rows, numbers: Index) -> list[Fault]:
+def find_faults(rows: Rows, numbers: Index | range) -> list[Fault]:
     """The rows among `numbers` that are malformed, without encoding them."""
     faults = []
-    for number in numbers.tolist():
+    for number in map(int, numbers):
         try:
             rows.read(number)
         except RowError as error:

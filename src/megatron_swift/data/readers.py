@@ -12,11 +12,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from megatron_swift.data.lines import LineFile
 from megatron_swift.data.messages import RowError
 from megatron_swift.data.registry import Row
+from megatron_swift.data.stamps import Stamp, changed
 from megatron_swift.utils.errors import DataError, UsageError
 
-BLOCK = 1 << 24  # bytes read at a time
+GLANCE = 1 << 12  # bytes of a file's beginning that tell its kind
 SPACE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
 PARQUET_BLOCK = 256  # rows turned into Python values at a time
@@ -37,31 +39,6 @@ class RowFile(Protocol):
     def where(self, index: int) -> str:
         """`file.jsonl:12` for a line, `file.json[11]` for an element."""
         ...
-
-
-class Stamp(NamedTuple):
-    """What tells that a file is still the one that was indexed."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> Stamp:
-        """The stamp of a file. DataError where it cannot be had."""
-        try:
-            found = path.stat()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read", why=str(error)) from error
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-def changed(path: Path) -> DataError:
-    """The error for a file that is no longer what it was when it was indexed."""
-    return DataError(
-        f"{path} has changed while it was read",
-        do="start again when nothing writes to the file any more, or use a copy",
-    )
 
 
 def open_file(path: Path) -> RowFile:
@@ -129,29 +106,26 @@ class TextFile:
 # --- lines and JSON --------------------------------------------------------------------------------------------------
 
 
-def index_lines(path: Path) -> Spans:
-    """Each line that is not blank, numbered from 1."""
-    ends: list[np.ndarray] = []
-    offset = 0
+def open_json(path: Path) -> RowFile:
+    """The elements of a JSON array. A file that does not begin with [ is read as lines."""
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + offset)
-            offset += len(block)
-        stops = np.concatenate([*ends, np.array([offset], np.int64)]).astype(np.int64)
-        starts = np.concatenate([np.zeros(1, np.int64), stops[:-1] + 1])
-        keep = stops > starts
-        for number in np.flatnonzero(keep & (stops - starts < 64)):  # a blank line longer than that is an error row
-            keep[number] = bool(
-                os.pread(file.fileno(), int(stops[number] - starts[number]), int(starts[number])).strip()
-            )
-    return Spans(starts[keep], stops[keep], np.flatnonzero(keep) + 1, ":{}")
+        head = file.read(GLANCE)
+    if head.removeprefix(BOM).lstrip(b" \t\r\n")[:1] not in (b"[", b""):
+        return LineFile(path, parse_json)
+    return _open_array(path)
 
 
-def index_array(path: Path) -> Spans:
-    """Each element of a JSON array, numbered from 0. A file that does not begin with [ is read as lines."""
+def _open_array(path: Path) -> RowFile:
+    stamp = Stamp.of(path)
+    spans = index_array(path)
+    return TextFile(path, spans, parse_json, stamp) if spans is not None else LineFile(path, parse_json)
+
+
+def index_array(path: Path) -> Spans | None:
+    """Each element of a JSON array, numbered from 0; None for a file that does not begin with [."""
     raw = path.read_bytes()
     if not raw.removeprefix(BOM).lstrip(b" \t\r\n").startswith(b"["):
-        return index_lines(path)
+        return None
     try:
         text = raw.decode("utf-8")
         return _scan_array(text, ascii_only=len(text) == len(raw))
@@ -410,15 +384,25 @@ class ParquetFile:
         return f"{self.path}[{index}]"
 
 
-def _open_text(path: Path, *, locate: Callable[[Path], Spans], parse: Callable[[bytes], Row]) -> TextFile:
-    stamp = Stamp.of(path)
-    return TextFile(path, locate(path), parse, stamp)
-
-
 READERS: dict[str, Callable[[Path], RowFile]] = {
-    ".jsonl": partial(_open_text, locate=index_lines, parse=parse_json),
-    ".json": partial(_open_text, locate=index_array, parse=parse_json),
+    ".jsonl": partial(LineFile, parse=parse_json),
+    ".json": open_json,
     ".csv": open_csv,
-    ".txt": partial(_open_text, locate=index_lines, parse=parse_line),
+    ".txt": partial(LineFile, parse=parse_line),
     ".parquet": ParquetFile,
 }
+
+__all__ = [
+    "READERS",
+    "ParquetFile",
+    "RowFile",
+    "Spans",
+    "Stamp",
+    "TextFile",
+    "changed",
+    "open_file",
+    "parse_csv",
+    "parse_json",
+    "parse_line",
+    "split_csv",
+]

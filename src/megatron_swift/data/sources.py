@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import importlib.resources
 import os
 import re
@@ -239,15 +238,3 @@ class Table:
         """`file.jsonl:12`, or `file.json[11]` for an element of an array."""
         file, _, local = self._find(index)
         return file.where(local)
-
-
-def hash_files(paths: Sequence[Path]) -> str:
-    """A hash of the files' content and order, not of their names: 32 hexadecimal digits."""
-    total = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, hashlib.blake2b).digest())
-        except OSError as error:
-            raise DataError(f"{path} cannot be read", why=str(error)) from error
-    return total.hexdigest()
