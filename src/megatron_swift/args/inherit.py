@@ -46,8 +46,9 @@ def inherit(args: A, *, warn: bool = True) -> Inherited:
 
     The file is the first one found in the folders of model, mcore_model and load. Data settings are filled only with
     load_data_args. `use_chat_template` is taken over even if it was given, except by training commands, which say by
-    their name whether they train conversations or text. CheckpointError for a file that cannot be read. A setting that
-    this version cannot honour is left out with a warning (unless `warn` is False).
+    their name whether they train conversations or text; where the file's run did the other, its template settings are not
+    taken over. CheckpointError for a file that cannot be read. A setting that this version cannot honour is left out with a
+    warning (unless `warn` is False).
     """
     assert isinstance(args, ModelSourceParams)
     source = _find(args) if args.load_args else None
@@ -55,8 +56,11 @@ def inherit(args: A, *, warn: bool = True) -> Inherited:
         return Inherited(args, {}, None)
     stored = _read(source)
     taken: dict[str, Any] = {}
+    wanted = _inheritable(with_data=args.load_data_args)
+    if isinstance(args, TrainArguments) and stored.get("use_chat_template") not in (None, args.use_chat_template):
+        wanted -= params_of(TemplateParams).keys()
     for name, p in params_of(type(args)).items():
-        if name not in stored or name not in _inheritable(with_data=args.load_data_args):
+        if name not in stored or name not in wanted:
             continue
         current, always = getattr(args, name), name in ALWAYS and not isinstance(args, TrainArguments)
         if current not in (None, []) and not always:

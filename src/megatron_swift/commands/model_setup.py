@@ -82,15 +82,14 @@ def settle_model(args: TrainArguments, folder: Path, load: Path | None, tokenize
             _say_architecture(written, config)
     else:
         model_rules.check_sizes(args, folder=str(folder))
-        if load is None and not scratch:
-            raise CheckpointError(
-                f"{folder} holds no model",
-                do="give a model's folder, or --no_initialization false to train from scratch",
-            )
         _, config, written = family_of(from_flags(args, tokenizer.vocab_size, gpus=gpus))
         written = _special_tokens(written, {}, tokenizer)
         described = understood(written)
         _say_architecture(written, config)
+    if load is None and not scratch and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise CheckpointError(
+            f"{folder} holds no weights", do="give a model's folder, or --no_initialization false to train from scratch"
+        )
     _check(args, config)
     if "init_method_std" in args.given and not scratch:
         get_logger().warning("--init_method_std has no effect: no weights are drawn")
