@@ -4,6 +4,7 @@
 
 Shapes: Qwen2.5-1.5B (dense), Qwen1.5-MoE-A2.7B with 4 of its 24 layers (moe), Llama-3-8B with 8 of its 32 layers (llama8b). TFLOP/s are
 model FLOPs as train/flops.py counts them: recomputation is not counted. Seconds are the mean of `--steps` steps after two that warm up.
+`alpaca` steps through real rows instead, two packs of 8192 tokens each step: benchmarks/gpu_rows.py says where they come from.
 `--set` changes fields of EngineOptions, so that two ways to compute can be told apart. Prints one line per case, then JSON.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import platform
 import subprocess
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_rows import packed_batches
 
 from megatron_swift.data.loader import collate
 from megatron_swift.data.types import Batch, Sample
@@ -92,7 +95,7 @@ LLAMA_8B = ModelConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One micro-batch per step. lengths: of its segments. options: fields of EngineOptions besides the compute dtype."""
+    """One micro-batch per step. lengths: of its segments; () for packs of alpaca's rows. options: fields of EngineOptions besides the dtype."""
 
     model: ModelConfig
     lengths: tuple[int, ...]
@@ -116,6 +119,7 @@ CASES = {
     "llama8b": Case(model=LLAMA_8B, lengths=(8192,)),
     "full8192": Case(model=DENSE, lengths=(8192,) * 2),
     "ragged8192": Case(model=DENSE, lengths=ragged(16384, mean=150.0)),
+    "alpaca": Case(model=DENSE, lengths=()),
     "dense2": Case(model=DENSE, lengths=(4096,) * 2),
     "moe2": Case(model=MOE, lengths=(4096,) * 2),
 }
@@ -146,12 +150,16 @@ def run_case(case: Case, mesh: Mesh, *, steps: int, changes: dict[str, Any], pro
     engine = build_engine(case.model, mesh, options)
     fill(engine)
     optimizer = Optimizer(engine.shards, OptimizerOptions(kind="adam", weight_decay=0.1))
-    batches, scale = [make_batch(case.lengths, case.model.vocab_size)], LossScale.for_dtype("bfloat16")
+    if case.lengths:
+        batches = [make_batch(case.lengths, case.model.vocab_size)]
+    else:
+        batches = packed_batches(capacity=8192, packs_per_batch=2)
+    turn, scale = itertools.cycle(batches), LossScale.for_dtype("bfloat16")
 
     def step() -> Any:
-        return train_step(engine, optimizer, batches, lr=1e-4, clip_grad=1.0, loss_scale=scale)
+        return train_step(engine, optimizer, [next(turn)], lr=1e-4, clip_grad=1.0, loss_scale=scale)
 
-    losses = []
+    losses, counts = [], []
     began = time.perf_counter()
     for number in range(WARM_UP + steps):
         if number == 1:
@@ -162,14 +170,17 @@ def run_case(case: Case, mesh: Mesh, *, steps: int, changes: dict[str, Any], pro
             at = time.perf_counter()
         report = step()  # ends before the update does: the next step's forward pass is issued meanwhile, as in training
         losses.append(report.loss)
+        counts.append(report.counts)
     torch.cuda.synchronize()
     took = (time.perf_counter() - at) / steps
     if profile:
         print_profile(step, profile)
+    total, timed = took * steps, counts[WARM_UP:]
     result = {
         "seconds": round(took, 4),
-        "tflops": round(step_flops(case.model, report.counts) / took / 1e12, 1),
-        "tokens_per_second": round(report.counts.tokens / took),
+        "tflops": round(sum(step_flops(case.model, c) for c in timed) / total / 1e12, 1),
+        "tokens_per_second": round(sum(c.tokens for c in timed) / total),
+        "trained_per_second": round(sum(c.trained for c in timed) / total),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "first_step_seconds": round(first, 1),

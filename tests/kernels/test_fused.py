@@ -82,6 +82,24 @@ def test_swiglu(dtype):
 
 @needs_triton
 @both_types
+@pytest.mark.parametrize("shape", [(5, 2100), (3, 40), (0, 8)])
+def test_weighted_swiglu_backward(dtype, shape):
+    from megatron_swift.kernels.expert_mlp import plain_weighted_swiglu_backward
+    from megatron_swift.kernels.fused.swiglu import weighted_swiglu_backward
+
+    rounded = [
+        values(shape[0], 2 * shape[1]).to(dtype),
+        values(*shape, seed=1).to(dtype),
+        values(shape[0], seed=2).float(),
+    ]
+    exact = plain_weighted_swiglu_backward(*(t.double() for t in rounded))
+    for mine, right in zip(weighted_swiglu_backward(*rounded), exact, strict=True):
+        assert mine.shape == right.shape
+        assert (mine.double() - right).norm() <= TOLERANCE[dtype] * right.norm()
+
+
+@needs_triton
+@both_types
 @pytest.mark.parametrize(("groups", "heads", "dim"), [(2, 3, 12), (3, 1, 8), (1, 4, 128)])
 def test_split_rotate(dtype, groups, heads, dim):
     from megatron_swift.kernels.fused.rope import fused_split_rotate

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_swift.kernels.expert_mlp import expert_mlp
 from megatron_swift.kernels.grouped_linear import GroupedLinear, looped_linear
 from megatron_swift.kernels.layers import PLAIN
-from megatron_swift.kernels.permute import permute
+from megatron_swift.kernels.permute import Order, permute, sort_choices
 from megatron_swift.models import routing as rules
 from megatron_swift.models.config import ModelConfig, MoEConfig
 from megatron_swift.models.layers import Linear, new_parameter
@@ -123,9 +124,16 @@ class Experts(nn.Module):
         self.linear_fc2 = Linear(cfg.ffn_hidden_size, self.number * hidden_size)
         self.product, self.kernels = looped_linear, PLAIN
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [N, H] in order of expert, counts int64 [experts of this rank] -> [N, H]."""
+    def forward(self, x: Tensor, counts: Tensor, summed: tuple[Order, Tensor] | None = None) -> Tensor:
+        """x [N, H] in order of expert, counts int64 [experts of this rank] -> [N, H].
+
+        summed : (order, probs [T, k]) of SwiGLU experts in grouped products. x [T, H] are the tokens then, and each one's answers come back
+        weighted and added up, [T, H], with a third as much kept for the backward pass.
+        """
         first, second = (w.weight.view(self.number, -1, w.weight.shape[1]) for w in (self.linear_fc1, self.linear_fc2))
+        if summed is not None:
+            order, probs = summed
+            return expert_mlp(x, first, second, probs, order)
         inner = self.product(x, first, counts)
         return self.product(self.kernels.swiglu(inner) if self.swiglu else F.gelu(inner), second, counts)
 
@@ -138,6 +146,14 @@ def dispatch_here(x: Tensor, choice: Choice, experts: Experts) -> Tensor:
     """All experts are on this rank."""
     sent = permute(x, choice.experts, num_experts=experts.number, kept=choice.kept, limit=choice.limit)
     return sent.combine(experts(sent.x, sent.counts), choice.probs)
+
+
+def dispatch_at_once(x: Tensor, choice: Choice, experts: Experts) -> Tensor:
+    """`dispatch_here` for SwiGLU experts in grouped products, in one function where rows are not padded."""
+    if choice.limit is not None:
+        return dispatch_here(x, choice, experts)
+    order = sort_choices(choice.experts, num_experts=experts.number, kept=choice.kept)
+    return experts(x, order.counts, (order, choice.probs))  # type: ignore[no-any-return]
 
 
 class SharedExperts(nn.Module):

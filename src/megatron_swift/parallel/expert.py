@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_swift.kernels.grouped_linear import GroupedLinear
+from megatron_swift.kernels.grouped_linear import GroupedLinear, grouped_linear
 from megatron_swift.kernels.permute import permute
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder
-from megatron_swift.models.moe import Choice, Dispatch, Experts, dispatch_here
+from megatron_swift.models.moe import Choice, Dispatch, Experts, dispatch_at_once, dispatch_here
 from megatron_swift.models.routing import RouterOptions, Sharers
 from megatron_swift.parallel.collectives import (
     AllToAll,
@@ -72,6 +72,8 @@ def install(
         dispatch = (
             _by_gathering(mesh.ep, mesh.experts) if dispatcher == "allgather" else _by_exchange(mesh.ep, mesh.etp)
         )
+    elif product is grouped_linear and model.cfg.swiglu:
+        dispatch = dispatch_at_once
     sharers = _sharers(mesh)
     for layer in model.sparse:
         layer.router.options, layer.router.sharers = router, sharers

@@ -43,6 +43,31 @@ def _backward(gate_up, grad, d_gate_up, again, columns, AGAIN: tl.constexpr, BLO
         tl.store(again + row * columns + column, (activated * up).to(grad.dtype.element_ty), inside)
 
 
+@triton.jit
+def _weighted_backward(  # type: ignore[no-untyped-def]  # Triton compiles it
+    gate_up, grad, weight, d_gate_up, product, d_weight, columns, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    w = tl.load(weight + row).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        pair = row * 2 * columns + column
+        gate = tl.load(gate_up + pair, inside, 0.0).to(tl.float32)
+        up = tl.load(gate_up + pair + columns, inside, 0.0).to(tl.float32)
+        g = tl.load(grad + row * columns + column, inside, 0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        activated = gate * share
+        total += g * activated * up
+        weighted = g * w
+        d_gate = weighted * up * share * (1.0 + gate * (1.0 - share))
+        tl.store(d_gate_up + pair, d_gate.to(grad.dtype.element_ty), inside)
+        tl.store(d_gate_up + pair + columns, (weighted * activated).to(grad.dtype.element_ty), inside)
+        tl.store(product + row * columns + column, (activated * up * w).to(grad.dtype.element_ty), inside)
+    tl.store(d_weight + row, tl.sum(total, 0))
+
+
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     """[N, 2F] contiguous -> silu(first half) * second half [N, F]."""
     number, columns = gate_up.shape[0], gate_up.shape[1] // 2
@@ -62,6 +87,17 @@ def swiglu_backward(gate_up: Tensor, grad: Tensor, *, again: bool) -> tuple[Tens
             gate_up, grad, d_gate_up, grad if product is None else product, columns, AGAIN=again, BLOCK=_BLOCK
         )
     return d_gate_up, product
+
+
+def weighted_swiglu_backward(gate_up: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`plain_weighted_swiglu_backward`, all contiguous; the weight's gradient in float32."""
+    number, columns = grad.shape
+    d_gate_up, product = torch.empty_like(gate_up), torch.empty_like(grad)
+    d_weight = torch.empty(number, dtype=torch.float32, device=grad.device)
+    if number:
+        block = min(triton.next_power_of_2(columns), 2048)
+        _weighted_backward[(number,)](gate_up, grad, weight, d_gate_up, product, d_weight, columns, BLOCK=block)
+    return d_gate_up, product, d_weight
 
 
 class _SwiGLU(torch.autograd.Function):
