@@ -7,12 +7,13 @@ import os
 import zlib
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_weights import config, pieces_of_rank, random_weights
 
 from megatron_swift.checkpoint import manifest as manifests
-from megatron_swift.checkpoint.dcp import save_pieces
+from megatron_swift.checkpoint.dcp import Piece, save_pieces
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.checkpoint.manifest import MANIFEST, SummedFiles, Sums, sum_file, verify, write_file, write_manifest
 from megatron_swift.checkpoint.publish import publish
@@ -181,3 +182,20 @@ def test_manifest_that_is_none(good, content):
     with pytest.raises(CheckpointError):
         verify(good)
     path.write_bytes(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("broken", [0, 1, 2, 3])
+def test_what_fails_in_a_writer_thread_is_raised(tmp_path, threads, broken):
+    """Torch's writer would go on without that thread's file, and publish a folder that lacks tensors."""
+
+    def piece(number):
+        def read():
+            if number == broken:
+                raise MemoryError("no room")
+            return torch.ones(4)
+
+        return Piece(f"decoder.{number}.weight", read, torch.float32, (4,), (0,), (4,))
+
+    with pytest.raises(MemoryError, match="no room"):
+        save_pieces(tmp_path, [piece(number) for number in range(4)], distributed=False, threads=threads)

@@ -44,6 +44,7 @@ from megatron_swift.utils.errors import CheckpointError, StorageError
 OPTIMIZER = (
     "optimizer"  # the folder, in a checkpoint, with a torch_dist folder of the state that Megatron has no names for
 )
+COPY_AHEAD = 10_000_000  # bytes; torch's own
 OPTIMIZER_KEYS = f"{OPTIMIZER}."
 _CHAINED = re.compile(r"^chained_\d+\.(?=optimizer\.)")
 METADATA_JSON = {
@@ -149,8 +150,13 @@ def save_pieces(
     With `distributed` every rank of the group (None: the default one) must call it. threads: files per rank.
     What fails on one rank is raised on all of them.
     """
-    ahead = {"per_thread_copy_ahead": 0} if one_by_one else {}
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=threads, **ahead)
+    writer = FileSystemWriter(
+        folder,
+        single_file_per_rank=True,
+        sync_files=True,
+        thread_count=threads,
+        per_thread_copy_ahead=0 if one_by_one else COPY_AHEAD,
+    )
     writer.fs = files = SummedFiles()
     kept = [p for p in pieces if math.prod(p.size)]
     planner = _SavePieces()

@@ -1,6 +1,6 @@
 """`swift export` and `megatron export`: a Hugging Face folder to a Megatron checkpoint, and back.
 
-To Hugging Face a few rows are in memory at a time; to Megatron a matrix (of experts one expert's) per writing thread.
+To Hugging Face a few rows are in memory at a time; to Megatron 16 MiB of a matrix per writing thread.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import mmap
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from megatron_swift.utils.errors import CheckpointError
 from megatron_swift.utils.files import write_json
 
 if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are answered at once
+    import torch
     from torch import Tensor
 
     from megatron_swift.checkpoint.dcp import Piece
@@ -40,7 +43,8 @@ if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are
 
 ARGS = "args.json"
 QUESTION = "who are you?"  # as in Megatron-SWIFT
-PART_BYTES = 1 << 20  # read at a time into a matrix that is about to be written
+PIECE_BYTES = 1 << 24  # of a matrix, written at a time; Megatron reads a tensor from any number of boxes
+PART_BYTES = 1 << 17  # read at a time into a piece that is about to be written
 TIMEOUT_MINUTES = 600  # until the slowest rank has written its share
 
 
@@ -166,6 +170,7 @@ def _write_mcore(plan: ExportPlan, staging: Path, group: Group) -> None:
             process_group=group.process_group,
             threads=max(math.ceil(threads / ranks), 1),
             objects=extra_states(cfg) if first else {},
+            one_by_one=True,
         )
         if first:
             entries[COMMON] = write_file(folder / COMMON, common_file(cfg, iteration=1, consumed_samples=0))
@@ -184,20 +189,25 @@ def _write_mcore(plan: ExportPlan, staging: Path, group: Group) -> None:
 
 
 def _pieces(source: WeightSource, specs: Sequence[TensorSpec], dtype: str, *, num_layers: int) -> list[Piece]:
-    """Every parameter as pieces that are read when they are written: a matrix each, of experts one expert's."""
-    import torch
+    """Every parameter as pieces that are read when they are written: rows of a matrix, of experts of one expert's.
 
+    A piece's values are valid until the same thread reads another one.
+    """
     from megatron_swift.checkpoint.dcp import Piece
     from megatron_swift.checkpoint.weights import TORCH_DTYPES
 
     kept = TORCH_DTYPES[dtype]
+    widths = {spec.name: max(math.prod(spec.shape[1:]) * kept.itemsize, 1) for spec in specs}
+    rows = {spec.name: spec.shape[0] // max(spec.experts, 1) for spec in specs}
+    steps = {name: min(max(PIECE_BYTES // width, 1), rows[name]) for name, width in widths.items()}
+    buffer = _Buffer(max(steps[name] * width for name, width in widths.items()))
 
     def piece(spec: TensorSpec, start: int, stop: int) -> Piece:
         ((_, offset, size),) = spec.megatron_boxes(start, stop)
 
         def read() -> Tensor:
-            out = torch.empty((stop - start, *spec.shape[1:]), dtype=kept)
-            step = max(PART_BYTES // max(math.prod(spec.shape[1:]) * kept.itemsize, 1), 1)
+            out = buffer.empty((stop - start, *spec.shape[1:]), kept)
+            step = max(PART_BYTES // widths[spec.name], 1)
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 out[first - start : last - start] = source.read(spec, first, last)
@@ -207,9 +217,30 @@ def _pieces(source: WeightSource, specs: Sequence[TensorSpec], dtype: str, *, nu
 
     found = []
     for spec in specs:
-        rows = spec.shape[0] // max(spec.experts, 1)
-        found += [piece(spec, start, start + rows) for start in range(0, spec.shape[0], rows)]
+        for first in range(0, spec.shape[0], rows[spec.name]):
+            last, step = first + rows[spec.name], steps[spec.name]
+            found += [piece(spec, start, min(start + step, last)) for start in range(first, last, step)]
     return found
+
+
+class _Buffer(threading.local):
+    """Room for the piece that a thread writes now, in pages of its own, one piece after the other.
+
+    Memory that is asked for and freed for each would pile up: torch.save leaves a class behind that refers to itself and to what was saved,
+    until Python happens to look for cycles (measured: seven matrices of 6 MB with two threads), and malloc keeps blocks below 32 MB.
+    """
+
+    def __init__(self, size: int):
+        self.size = size  # once and for all: pages that are given up are held as long as the values in them
+        self.pages: mmap.mmap | None = None
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that is valid until the next call in this thread; its storage has its size, or torch would copy it."""
+        import torch
+
+        if self.pages is None:
+            self.pages = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(self.pages, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def _share(pieces: Sequence[Piece], rank: int, ranks: int) -> list[Piece]:
