@@ -69,7 +69,7 @@ def main(program: str, argv: Sequence[str]) -> int:
         return guarded(lambda: _unknown(program, argv[0], list(commands)))
     kind, action = commands[name]
     if wants_help(argv[words:]):
-        print(help_text(kind), end="")
+        print(help_text(kind, f"{program} {name}"), end="")
         return 0
     set_threads(1)
     result = 0
@@ -129,7 +129,8 @@ def _export_on_ranks(args: Any, started: float) -> int:
     from megatron_swift.commands.export import prepare_export
 
     check_environment(os.environ)
-    check_processes(os.environ)
+    # Weights pass through host memory only: any number of ranks will do, and none of them makes a CUDA context.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return launch((prepare_export(args), started), os.environ, job=EXPORT)
 
 

@@ -18,13 +18,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_swift.utils.errors import OutOfMemoryError, SwiftError, UsageError, WorkerError
+from megatron_swift.utils.errors import SwiftError, UsageError, WorkerError, out_of_memory
 from megatron_swift.utils.files import write_text
 from megatron_swift.utils.gpus import visible_gpus
 from megatron_swift.utils.stop import NOTE, SIGNALS
 
 FAILURES = "MEGATRON_SWIFT_FAILURES"  # the folder in which a failing rank says why
 INTERRUPTED = 130
+LESS_MEMORY = (
+    "lower --micro_batch_size or --max_length, use --cross_entropy_loss_fusion true, or more data-parallel ranks"
+)
 TRAIN, EXPORT = "train", "export"  # what ranks can be started for
 
 
@@ -153,7 +156,7 @@ def guarded(action: Callable[[], None]) -> int:
     except SwiftError as error:
         return _leave(error.block(), error.exit_code)
     except Exception as error:
-        known = _as_out_of_memory(error)
+        known = out_of_memory(error, do=LESS_MEMORY)
         if known is not None:
             return _leave(known.block(), known.exit_code)
         rank = os.environ.get("RANK")
@@ -161,16 +164,6 @@ def guarded(action: Callable[[], None]) -> int:
         block = WorkerError(f"{where}: {type(error).__name__}: {error}", do="the traceback above says where").block()
         return _leave(f"{traceback.format_exc()}\n{block}", WorkerError.exit_code)
     return 0
-
-
-def _as_out_of_memory(error: Exception) -> SwiftError | None:
-    if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
-        return None
-    what = str(error).split(". ")[0]
-    return OutOfMemoryError(
-        f"out of memory: {what}",
-        do="lower --micro_batch_size or --max_length, use --cross_entropy_loss_fusion true, or more data-parallel ranks",
-    )
 
 
 def _leave(block: str, exit_code: int) -> int:

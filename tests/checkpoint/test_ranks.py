@@ -34,6 +34,9 @@ def _step(rank, place, failing, error):
         (OSError(28, "No space left on device"), "StorageError", "place: No space left on device"),
         (CheckpointError("its own"), "CheckpointError", "its own"),
         (ValueError("odd"), "StorageError", "failed: ValueError('odd')"),
+        (MemoryError(), "OutOfMemoryError", "out of memory: MemoryError"),
+        (OSError(12, "Cannot allocate memory"), "OutOfMemoryError", "Cannot allocate memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "OutOfMemoryError", "DefaultCPUAllocator"),
     ],
 )
 @pytest.mark.parametrize("failing", [(0,), (2,), (1, 2)])

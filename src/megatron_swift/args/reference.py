@@ -31,7 +31,8 @@ def help_text(command: type[Arguments], prog: str = "", width: int = 100) -> str
         "",
         "example:",
     ]
-    lines += [*_command_lines(about["example"], width), "", *textwrap.wrap(_SYNTAX, width)]
+    example = about["example"].replace(about["prog"], prog, 1)  # a command may have two programs
+    lines += [*_command_lines(example, width), "", *textwrap.wrap(_SYNTAX, width)]
     for title, members in groupby(params_of(command).values(), key=lambda p: p.group):
         lines += ["", f"{title}:"]
         for p in members:

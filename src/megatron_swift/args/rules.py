@@ -63,7 +63,7 @@ def check_export(args: ExportArguments) -> None:
     if args.to_mcore == args.to_hf:
         both = "both are given" if args.to_hf else "neither is given"
         raise UsageError(
-            f"swift export needs exactly one of --to_mcore true and --to_hf true; {both}",
+            f"export needs exactly one of --to_mcore true and --to_hf true; {both}",
             do="to_mcore makes a Megatron checkpoint of --model, to_hf makes a Hugging Face folder of --mcore_model",
         )
     if args.to_mcore:

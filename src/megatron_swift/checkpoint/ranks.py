@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_swift.utils.errors import StorageError, SwiftError
+from megatron_swift.utils.errors import StorageError, SwiftError, out_of_memory
 from megatron_swift.utils.files import storage_errors
 
 T = TypeVar("T")
+_ROOM = "leave more memory to these processes, or use fewer of them on one machine"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Group:
         except SwiftError as error:
             failure = error
         except Exception as error:  # whatever it was, the other ranks must hear of it rather than wait
-            failure = StorageError(f"writing {where} failed: {error!r}")
+            failure = out_of_memory(error, do=_ROOM) or StorageError(f"writing {where} failed: {error!r}")
         outcomes = self.gather((failure, result))
         for failed, _ in outcomes:
             if failed is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class SwiftError(Exception):
     """A failure the user can understand and mend.
@@ -71,6 +73,15 @@ class OutOfMemoryError(SwiftError):
     """The device ran out of memory."""
 
     exit_code = 8
+
+
+def out_of_memory(error: BaseException, *, do: str) -> OutOfMemoryError | None:
+    """What Python, torch or the system raised for want of memory, as the user should read it; None for anything else."""
+    text = str(error)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not named and not re.search(r"not enough memory|(can't|cannot) allocate memory", text, re.IGNORECASE):
+        return None
+    return OutOfMemoryError(f"out of memory: {(text or type(error).__name__).split('. ')[0]}", do=do)
 
 
 class StorageError(SwiftError):
