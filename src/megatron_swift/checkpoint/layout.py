@@ -36,6 +36,7 @@ class TensorSpec:
     stacked : in a Megatron-Core checkpoint layers of one kind lie stacked under one key along a first axis; where dense and sparse
               layers are mixed, each has a key of its own.
     experts : the parameter holds this many equal blocks of rows, one per expert, which a checkpoint keeps apart along an axis; 0: none.
+    parts   : the parameter, or each expert's block, is this many equal parts (gate and up), which tensor parallelism cuts each by itself.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TensorSpec:
     blocks: tuple[Block, ...]
     stacked: bool = True
     experts: int = 0
+    parts: int = 1
 
     @property
     def layer(self) -> int | None:
@@ -165,7 +167,7 @@ def _mlp(cfg: ModelConfig, ours: str, theirs: str) -> list[TensorSpec]:
         else:
             blocks = tuple(Block(f"{at}{name}.{kind}", 0, ffn) for name in ("gate_proj", names.up)[-parts:])
         shape = (parts * ffn, hidden) if kind == "weight" else (parts * ffn,)
-        specs.append(TensorSpec(f"{ours}linear_fc1.{kind}", shape, blocks))
+        specs.append(TensorSpec(f"{ours}linear_fc1.{kind}", shape, blocks, parts=parts))
     return specs + _linear(cfg, f"{ours}linear_fc2", f"{at}{names.down}", hidden, ffn)
 
 
@@ -188,14 +190,14 @@ def _moe(cfg: ModelConfig, ours: str, theirs: str, *, stacked: bool) -> list[Ten
     specs = [
         *_norm(cfg, f"{ours}pre_mlp_layernorm.", f"{theirs}post_attention_layernorm.", hidden),
         _plain(f"{mlp}router.weight", f"{at}gate.weight", (number, hidden)),
-        TensorSpec(f"{mlp}experts.linear_fc1.weight", (fc1_rows, hidden), tuple(fc1), experts=number),
+        TensorSpec(f"{mlp}experts.linear_fc1.weight", (fc1_rows, hidden), tuple(fc1), experts=number, parts=parts),
         TensorSpec(f"{mlp}experts.linear_fc2.weight", (number * hidden, inner), tuple(down), experts=number),
     ]
     if moe.shared_size:
         size, shared = moe.shared_size, f"{at}shared_expert"
         both = tuple(Block(f"{shared}.{way}.weight", 0, size) for way in ("gate_proj", "up_proj")[-parts:])
         specs += [
-            TensorSpec(f"{mlp}shared_experts.linear_fc1.weight", (parts * size, hidden), both),
+            TensorSpec(f"{mlp}shared_experts.linear_fc1.weight", (parts * size, hidden), both, parts=parts),
             _plain(f"{mlp}shared_experts.linear_fc2.weight", f"{shared}.down_proj.weight", (hidden, size)),
             _plain(f"{mlp}shared_experts.gate_weight", f"{at}shared_expert_gate.weight", (1, hidden)),
         ]

@@ -185,7 +185,7 @@ def _stored(spec: TensorSpec | None, pieces: list[_Piece], num_layers: int) -> S
     axis = next((i for i, (a, b) in enumerate(zip(first.shape, block, strict=False)) if a != b), None)
     if len(first.shape) != len(block):
         return Stored(tuple(first.shape), first.dtype, ())
-    halves = 2 if spec.name.endswith("linear_fc1.weight") and axis == 0 else 1
+    parts = spec.parts if axis == 0 else 1
     whole, chunks, seen = list(block), [], set()
     for piece in pieces:
         tp = piece.tp if axis is not None else 0
@@ -195,8 +195,8 @@ def _stored(spec: TensorSpec | None, pieces: list[_Piece], num_layers: int) -> S
         if axis is not None:
             whole[axis] = piece.values.shape[axis] * piece.tp_size
         base = (piece.expert or 0) * rows
-        for half, values in enumerate(piece.values.chunk(halves)):
-            low = half * whole[0] // 2 + tp * len(values) if axis == 0 else 0
+        for number, values in enumerate(piece.values.chunk(parts)):
+            low = number * whole[0] // parts + tp * len(values) if axis == 0 else 0
             columns = (tp * values.shape[1], (tp + 1) * values.shape[1]) if axis == 1 else None
             ((_, offset, size),) = spec.megatron_boxes(base + low, base + low + len(values), columns)
             chunks.append(Chunk(offset, size, partial(_rows, values, size)))
