@@ -182,11 +182,11 @@ def every_pair(tmp_path, name, dtype, names=None):
     sources = {}
     for key, layout in layouts.items():
         (run := tmp_path / key).mkdir()
-        run_ranks(_write, layout[0], model, layout, dtype, run, timeout=60)
+        run_ranks(_write, layout[0], model, layout, dtype, run, timeout=150)
         sources[key] = layout[0], run / "iter_0000007"
     found = {
         key: [
-            line for lines in run_ranks(_read, layout[0], model, layout, dtype, sources, timeout=60) for line in lines
+            line for lines in run_ranks(_read, layout[0], model, layout, dtype, sources, timeout=150) for line in lines
         ]
         for key, layout in layouts.items()
     }
