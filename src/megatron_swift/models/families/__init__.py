@@ -27,6 +27,7 @@ FAMILIES = {family.name: family for family in _KNOWN}  # a new model is of the f
 
 # Markers of a chat template, most particular first, for models whose folder name says nothing.
 _TEMPLATE_MARKERS = (
+    ("<|im_sep|>", "jinja"),  # Phi-4's: like ChatML at first sight, but not it
     ("You are Qwen, created by Alibaba Cloud", "qwen2_5"),
     ("<|im_start|>", "chatml"),
     ("Cutting Knowledge Date", "llama3_2"),

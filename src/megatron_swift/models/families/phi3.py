@@ -27,4 +27,4 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
     return {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", **keys}
 
 
-PHI3 = Family("phi3", ("Phi3ForCausalLM",), (ModelType("phi4", "chatml", r"phi-?4"),), read_config, write_config)
+PHI3 = Family("phi3", ("Phi3ForCausalLM",), (ModelType("phi", "jinja", r"phi"),), read_config, write_config)

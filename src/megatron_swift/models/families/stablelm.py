@@ -34,7 +34,7 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
 STABLELM = Family(
     "stablelm",
     ("StableLmForCausalLM",),
-    (ModelType("stablelm", "chatml", r"stablelm"),),
+    (ModelType("stablelm", "jinja", r"stablelm"),),
     read_config,
     write_config,
 )

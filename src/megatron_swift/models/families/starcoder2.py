@@ -39,7 +39,7 @@ def write_config(cfg: ModelConfig) -> dict[str, Any]:
 STARCODER2 = Family(
     "starcoder2",
     ("Starcoder2ForCausalLM",),
-    (ModelType("starcoder2", "chatml", r"starcoder2"),),
+    (ModelType("starcoder2", "jinja", r"starcoder2"),),
     read_config,
     write_config,
 )
