@@ -111,11 +111,9 @@ def make_step(case: Case) -> Callable[[list[PaddedBatch]], float]:
 def measure(case: Case, *, steps: int, rows: int) -> dict[str, float]:
     """Seconds, rates and memory of one case. rows: of a micro-batch of alpaca's."""
     step = make_step(case)
-    if case.lengths:
-        turn = itertools.cycle([make_batches(case)])
-    else:
-        turn = itertools.cycle(alpaca_steps(rows))
-    for _ in range(WARM_UP):
+    epoch = [make_batches(case)] if case.lengths else alpaca_steps(rows)
+    turn = itertools.cycle(epoch)
+    for _ in range(max(WARM_UP, len(epoch))):  # every shape once: nothing is compiled or tuned while it is timed
         step(next(turn))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
