@@ -89,7 +89,7 @@ def test_model_parameters_win(prepare, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("megatron_swift"), "propagate", True)
     setup = prepare("--rotary_base", "5000", "--norm_epsilon", "1e-5", "--untie_embeddings_and_output_weights", "true")
     assert (setup.model.rotary_base, setup.model.norm_epsilon, setup.model.tied_embeddings) == (5000, 1e-5, False)
-    assert "model parameter rotary_base: 5000 instead of config.json's 10000.0" in caplog.text
+    assert "model parameter rotary_base: 5000.0 instead of config.json's 10000.0" in caplog.text
     assert len({text for text in caplog.messages if text.startswith("model parameter")}) == 3
 
 

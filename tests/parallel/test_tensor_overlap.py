@@ -45,11 +45,12 @@ def run_layers(column, row, x) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, [x, *column.parameters(), *row.parameters()], cotangent)]
 
 
-def fused_and_plain(rank, ranks, kind, bias):
+def fused_and_plain(rank, ranks, kind, bias, layer_norm):
     group = mesh_module.start(backend="gloo", timeout_minutes=1, sizes=Sizes(tp=ranks)).tp.group
     library = give_torch_a_cpu_form()
     torch.manual_seed(rank)
-    column, row = NormLinear(HIDDEN, INNER, 1e-6, bias=bias).double(), Linear(INNER, HIDDEN).double()
+    column = NormLinear(HIDDEN, INNER, 1e-6, bias=bias, layer_norm=layer_norm).double()
+    row = Linear(INNER, HIDDEN, bias=layer_norm).double()
     for parameter in [*column.parameters(), *row.parameters()]:
         torch.nn.init.normal_(parameter)
     x = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
@@ -62,12 +63,16 @@ def fused_and_plain(rank, ranks, kind, bias):
     return [[value.numpy() for value in values] for values in (fused, plain)]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+KINDS = {"no-bias": (False, False), "bias": (True, False), "layer-norm": (True, True)}
+
+
+@pytest.mark.parametrize("layer", KINDS)
 @pytest.mark.parametrize("kind", ["torch", "written-out"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_layers_fused_and_plain(ranks, kind, bias):
-    for fused, plain in run_ranks(fused_and_plain, ranks, ranks, kind, bias):
-        assert len(fused) == len(plain) == (6 if bias else 5)
+def test_layers_fused_and_plain(ranks, kind, layer):
+    """layer-norm: with its bias, and one on what is summed over the ranks."""
+    for fused, plain in run_ranks(fused_and_plain, ranks, ranks, kind, *KINDS[layer]):
+        assert len(fused) == len(plain) == {"no-bias": 5, "bias": 6, "layer-norm": 8}[layer]
         for mine, expected in zip(fused, plain, strict=True):
             assert abs(expected).max() > 0.01
             np.testing.assert_allclose(mine, expected, rtol=1e-12, atol=1e-12)
