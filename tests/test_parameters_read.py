@@ -39,7 +39,8 @@ TRAINING = (
 )
 OWN = {
     "megatron sft": TRAINING,
-    "megatron pt": TRAINING,
+    "megatron pt": ("args/indexed_rules.py", *TRAINING),
+    "megatron preprocess": ("commands/preprocess.py", *TRAINING),
     "swift export": ("commands/export.py", *SHARED),
     "swift infer": ("commands/infer.py", *SHARED),
     "megatron data show": ("commands/data.py", "commands/setup.py", *SHARED),

@@ -15,6 +15,7 @@ from megatron_swift.args.commands import (
     DataShowArguments,
     ExportArguments,
     InferArguments,
+    PreprocessArguments,
     PtArguments,
     SftArguments,
     parse,
@@ -148,11 +149,20 @@ def _data_show(args: Any, started: float) -> int:
     return 0
 
 
+def _preprocess(args: Any, started: float) -> int:
+    set_up_logging(logging_level_number(args.logging_level))
+    from megatron_swift.commands.preprocess import run
+
+    run(args)
+    return 0
+
+
 Action = Callable[[Any, float], int]
 COMMANDS: dict[str, dict[str, tuple[type[Arguments], Action]]] = {
     "megatron": {
         "sft": (SftArguments, _train),
         "pt": (PtArguments, _train),
+        "preprocess": (PreprocessArguments, _preprocess),
         "export": (ExportArguments, _export_on_ranks),
         "data show": (DataShowArguments, _data_show),
     },

@@ -214,7 +214,7 @@ def test_pre_training_differs_in_four_defaults():
         "truncation_strategy",
         "packing",
     }
-    assert list(sft) == list(pt)
+    assert [*sft, "data_path"] == list(pt)
     args = parse(PtArguments, [])
     assert (args.use_chat_template, args.loss_scale) == (False, "all")
 

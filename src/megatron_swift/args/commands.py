@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from megatron_swift.args.config_file import ENV_KEY, read_config
-from megatron_swift.args.data_params import DataParams, DataShowParams, LossScale, TemplateParams, Truncation
+from megatron_swift.args.data_params import (
+    DataParams,
+    DataShowParams,
+    IndexedParams,
+    LossScale,
+    PreprocessParams,
+    TemplateParams,
+    Truncation,
+)
 from megatron_swift.args.flags import read_flags, spellings, suggestion
 from megatron_swift.args.infer_params import ExportParams, InferParams
 from megatron_swift.args.model_params import ModelShapeParams, ModelSourceParams, MoeParams
@@ -59,7 +67,7 @@ class SftArguments(TrainArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PtArguments(TrainArguments):
+class PtArguments(TrainArguments, IndexedParams):
     prog: ClassVar[str] = "megatron pt"
     summary: ClassVar[str] = "Pre-train a model on plain text, from scratch or further."
     example: ClassVar[str] = (
@@ -91,6 +99,18 @@ class PtArguments(TrainArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreprocessArguments(TrainArguments, PreprocessParams):
+    prog: ClassVar[str] = "megatron preprocess"
+    summary: ClassVar[str] = (
+        "Prepare the rows of a training run, which then finds them, or write them as Megatron's indexed data."
+    )
+    example: ClassVar[str] = (
+        "megatron preprocess --model Qwen/Qwen2.5-7B-Instruct --dataset train.jsonl --max_length 2048 --packing true "
+        "--dataset_num_proc 8"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportArguments(ModelSourceParams, TemplateParams, ExportParams):
     prog: ClassVar[str] = "swift export"
     summary: ClassVar[str] = "Convert weights between Hugging Face folders and Megatron checkpoints."
@@ -117,7 +137,14 @@ class DataShowArguments(ModelSourceParams, DataParams, TemplateParams, DataShowP
     example: ClassVar[str] = "megatron data show --dataset train.jsonl --model Qwen/Qwen2.5-7B-Instruct --num_samples 5"
 
 
-COMMANDS: tuple[type[Arguments], ...] = (SftArguments, PtArguments, ExportArguments, InferArguments, DataShowArguments)
+COMMANDS: tuple[type[Arguments], ...] = (
+    SftArguments,
+    PtArguments,
+    PreprocessArguments,
+    ExportArguments,
+    InferArguments,
+    DataShowArguments,
+)
 
 
 def parse(command: type[A], argv: Sequence[str], *, warn: bool = True) -> A:
@@ -167,6 +194,7 @@ __all__ = [
     "DataShowArguments",
     "ExportArguments",
     "InferArguments",
+    "PreprocessArguments",
     "PtArguments",
     "SftArguments",
     "TrainArguments",

@@ -166,3 +166,28 @@ class DataShowParams(Arguments):
     json: bool = param(False, "Print one JSON object a sample, with ids and labels, and the report to stderr.")
     histogram_png: str | None = param(None, "PNG file for the histogram of lengths; needs matplotlib.")
     seed: int = param(42, "Seed of sampling, splitting and shuffling rows where data_seed is not given.", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedParams(Arguments):
+    group: ClassVar[str] = "Megatron's indexed data"
+
+    data_path: list[str] = param(
+        [],
+        "Instead of dataset: PREFIX of PREFIX.bin and PREFIX.idx, or weights and prefixes in turn (0.3 A 0.7 B). Rows of max_length "
+        "tokens are cut through the documents; split_dataset_ratio takes the last documents for validation.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessParams(Arguments):
+    group: ClassVar[str] = "Preprocess"
+
+    prepare_for: Literal["sft", "pt"] = param(
+        "sft",
+        "The command whose defaults hold, so that `megatron sft` or `megatron pt` with the same flags finds the rows.",
+    )
+    output_prefix: str | None = param(
+        None,
+        "Write Megatron's indexed data set PREFIX.bin and PREFIX.idx: each row a document, in the files' order, of any length.",
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_swift.args.commands import ExportArguments, InferArguments, TrainArguments
+from megatron_swift.args.indexed_rules import check_data_source
 from megatron_swift.args.stream_rules import check_streaming
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.log import get_logger
@@ -28,7 +29,7 @@ def check_train(args: TrainArguments, *, world_size: int, env: Mapping[str, str]
         check_environment(env)
     _weights_source(args)
     _written_format(args.ckpt_format)
-    _data_source(args)
+    check_data_source(args)
     _run_length(args)
     check_streaming(args)
     if args.train_iters is not None:
@@ -335,11 +336,6 @@ def _model_known(model: str | None, source: str) -> None:
 def _model_exists(model: str) -> None:
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
         raise UsageError(f"--model {model} is not an existing folder", do="mend the path, or give a hub name")
-
-
-def _data_source(args: TrainArguments) -> None:
-    if not args.dataset:
-        raise UsageError("no training data is given", do="give files, folders or hub names as --dataset A B")
 
 
 def _run_length(args: TrainArguments) -> None:

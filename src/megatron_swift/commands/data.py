@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_swift.args.commands import DataShowArguments
+from megatron_swift.args.commands import DataShowArguments, TrainArguments
 from megatron_swift.args.inherit import inherit
 from megatron_swift.commands.chat_template import asked_template, chosen_template, user_families
 from megatron_swift.commands.setup import data_options
@@ -45,7 +45,7 @@ def show(args: DataShowArguments, env: Mapping[str, str] = os.environ) -> None:
             get_logger().warning("--%s has no effect in megatron data show", name)
     folder = local_model(args.model, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(folder)
-    template, reason, longest = _template(args, folder, tokenizer)
+    template, reason, longest = data_template(args, folder, tokenizer)
     options = data_options(args, template, longest=longest)
     prepared = prepare(options, tokenizer)
     out = sys.stderr if args.json else sys.stdout
@@ -60,7 +60,9 @@ def show(args: DataShowArguments, env: Mapping[str, str] = os.environ) -> None:
     _lengths(args, prepared, options.max_length, folder.name)
 
 
-def _template(args: DataShowArguments, folder: Path, tokenizer: Tokenizer) -> tuple[Template, str, int | None]:
+def data_template(
+    args: DataShowArguments | TrainArguments, folder: Path, tokenizer: Tokenizer
+) -> tuple[Template, str, int | None]:
     """The template, why it was taken, and the model's longest text, None where no config.json says."""
     name = asked_template(args)
     if not (folder / "config.json").is_file() and name is not None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_swift.args.commands import TrainArguments
+from megatron_swift.args.commands import PtArguments, TrainArguments
 from megatron_swift.data.cache import PackedRows
 from megatron_swift.data.histogram import text_histogram
+from megatron_swift.data.indexed_rows import Indexed, IndexedRows, open_indexed, parse_data_path
 from megatron_swift.data.lazy import Lazy, LazyRows, open_lazy
 from megatron_swift.data.prepare import DataOptions, Prepared, find_sources, open_prepared, prepare
 from megatron_swift.data.registry import Identity
@@ -18,19 +19,22 @@ from megatron_swift.data.streaming import Lane, Stream, StreamOptions, open_stre
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Sample
 
+AnyRows = PackedRows | LazyRows | IndexedRows
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
     """name : the fingerprint of the training rows, in its last component.
 
-    stream   : what to train on where it is streamed, else None.  lazy: what to train and to evaluate on where it is encoded later.
+    stream   : what to train on where it is streamed, else None.  lazy: what to train and to evaluate on where it is encoded
+               later, or is Megatron's indexed data.
     prepared : rows on disk: of training and validation, or of validation only where training rows are streamed.
     first    : the first training sample, to show.
     """
 
     name: Path
     stream: Stream | None
-    lazy: Lazy | None
+    lazy: Lazy | Indexed | None
     prepared: Prepared | None
     first: Sample
 
@@ -56,12 +60,19 @@ class RunData:
     def val_rows(self) -> Sequence[dict[str, Any]]:
         """The validation rows that were split off."""
         if self.lazy is not None:
-            return self.lazy.val_rows
+            return self.lazy.val_rows if isinstance(self.lazy, Lazy) else []
         return self.prepared.val_rows if self.prepared is not None else []
 
     def report(self) -> dict[str, Any]:
         """For data_report.json."""
         prepared = self.prepared.report.as_json() if self.prepared is not None else None
+        if isinstance(self.lazy, Indexed):
+            return {
+                "data_path": self.lazy.documents,
+                "train": self.num_rows,
+                "validation": self.num_val_rows,
+                "drawn": self.lazy.drawn,
+            }
         if self.lazy is not None:
             return {"lazy": {"rows_read": self.lazy.rows_read, "train": self.num_rows, "validation": self.num_val_rows}}
         if self.stream is None:
@@ -71,6 +82,13 @@ class RunData:
 
     def table(self, max_length: int | None) -> str:
         """The report for people."""
+        if isinstance(self.lazy, Indexed):
+            lines = [f"data: {self.num_rows} rows of {max_length} tokens, {self.num_val_rows} to evaluate on"]
+            lines += [
+                f"  {count:>9} rows from {documents} documents of {prefix}"
+                for count, (prefix, documents) in zip(self.lazy.drawn, self.lazy.documents.items(), strict=True)
+            ]
+            return "\n".join(lines)
         if self.lazy is not None:
             read, val = sum(self.lazy.rows_read.values()), self.num_val_rows
             return f"data: {read} rows found, {self.num_rows} to train on, {val} to evaluate on, encoded when they are needed"
@@ -99,6 +117,8 @@ def _facts(stream: Stream) -> dict[str, Any]:
 
 def prepare_data(args: TrainArguments, options: DataOptions, tokenizer: Tokenizer) -> RunData:
     """The rows that the arguments ask for. Raises as `prepare` does; of streamed rows the first ones are read."""
+    if isinstance(args, PtArguments) and args.data_path:
+        return _indexed_data(args, options, tokenizer)
     if args.lazy_tokenize and not (args.streaming or args.packing):
         found = open_lazy(options, tokenizer, *find_sources(options))
         first = found.train.row(0)[0]
@@ -126,6 +146,20 @@ def prepare_data(args: TrainArguments, options: DataOptions, tokenizer: Tokenize
     return RunData(name=Path(stream.fingerprint), stream=stream, lazy=None, prepared=val, first=first)
 
 
+def _indexed_data(args: PtArguments, options: DataOptions, tokenizer: Tokenizer) -> RunData:
+    assert options.max_length is not None  # args.indexed_rules saw to it
+    found = open_indexed(
+        parse_data_path(args.data_path),
+        length=options.max_length,
+        val_ratio=options.split_dataset_ratio,
+        seed=options.data_seed,
+        shuffle=options.dataset_shuffle,
+        vocab_size=tokenizer.vocab_size,
+    )
+    first = found.train.row(0)[0]
+    return RunData(name=Path(found.fingerprint), stream=None, lazy=found, prepared=None, first=first)
+
+
 def stream_options(args: TrainArguments, options: DataOptions) -> StreamOptions:
     """The part of the options that decides how streamed rows become samples and packs."""
     assert not isinstance(options.template, str)
@@ -147,8 +181,8 @@ def stream_options(args: TrainArguments, options: DataOptions) -> StreamOptions:
 
 
 def open_rows(
-    data: Path, stream: Stream | None, lazy: Lazy | None, val_folder: Path | None
-) -> tuple[PackedRows | LazyRows | None, PackedRows | LazyRows | None]:
+    data: Path, stream: Stream | None, lazy: Lazy | Indexed | None, val_folder: Path | None
+) -> tuple[AnyRows | None, AnyRows | None]:
     """On a rank: the training rows, None where they are streamed, and the validation rows, None where there are none."""
     if lazy is not None:
         return lazy.train, lazy.val

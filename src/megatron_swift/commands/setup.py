@@ -33,6 +33,7 @@ from megatron_swift.commands.model_setup import settle_model
 from megatron_swift.commands.run_data import RunData, prepare_data
 from megatron_swift.commands.run_folder import make_run_dir, write_run_files
 from megatron_swift.data.encode import LossScale
+from megatron_swift.data.indexed_rows import Indexed
 from megatron_swift.data.lazy import Lazy
 from megatron_swift.data.prepare import DataOptions
 from megatron_swift.data.show import render_sample
@@ -65,7 +66,7 @@ class RunSetup:
     dtype: str
     data: Path
     stream: Stream | None
-    lazy: Lazy | None
+    lazy: Lazy | Indexed | None
     val_data: Path | None
     num_rows: int
     num_val_rows: int

@@ -69,6 +69,7 @@ class Builder:
         self.rows = Rows(tables, options.columns)
         usable = self._usable_rows()
         train, val = choose(options, self.sources, self.val_sources, usable)
+        del usable  # a worker has all that is held when it starts
         self._count_chosen(train, val)
         report.train = self._write(staging / "train", train)
         if not report.train.samples:

@@ -27,9 +27,9 @@ class Progress:
         self.drawn = False
 
     def update(self, done: int) -> None:
-        """`done` rows are done by now."""
+        """`done` rows are done by now. Of the last ones `finish` tells."""
         now = time.monotonic()
-        if now - self.last < (BAR_EVERY if self.bar else LINE_EVERY):
+        if done >= self.total or now - self.last < (BAR_EVERY if self.bar else LINE_EVERY):
             return
         self.last = now
         text = self._text(done, now - self.begin)
