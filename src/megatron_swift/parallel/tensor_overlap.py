@@ -135,7 +135,13 @@ class OverlappedNormLinear(NormLinear):
     def __init__(self, plain: NormLinear, products: FusedProducts):
         out_features, in_features = plain.weight.shape
         with torch.device("meta"):
-            super().__init__(in_features, out_features, plain.epsilon, bias=plain.bias is not None)
+            super().__init__(
+                in_features,
+                out_features,
+                plain.epsilon,
+                bias=plain.bias is not None,
+                layer_norm=plain.layer_norm_bias is not None,
+            )
         self.layer_norm_weight, self.layer_norm_bias = plain.layer_norm_weight, plain.layer_norm_bias
         self.weight, self.bias = plain.weight, plain.bias
         self.products, self.kernels = products, plain.kernels
@@ -150,7 +156,7 @@ class OverlappedLinear(Linear):
     def __init__(self, plain: Linear, products: FusedProducts):
         out_features, in_features = plain.weight.shape
         with torch.device("meta"):
-            super().__init__(in_features, out_features)
+            super().__init__(in_features, out_features, bias=plain.bias is not None)
         self.weight, self.bias = plain.weight, plain.bias
         self.products, self.kernels = products, plain.kernels
 
