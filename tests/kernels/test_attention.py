@@ -129,6 +129,15 @@ def test_flash_where_it_cannot_run(device, dtype):
         choose_attention("flash", device=torch.device(device), dtype=dtype)
 
 
+@pytest.mark.parametrize("head_dim", [6, 12, 264])
+def test_heads_that_flash_does_not_take(head_dim):
+    """Seen on an H100: head_size must be a multiple of 8."""
+    settings = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": head_dim}
+    assert choose_attention("auto", **settings).core is plain_attention
+    with pytest.raises(ValueError, match=f"and {head_dim}$"):
+        choose_attention("flash", **settings)
+
+
 @pytest.mark.parametrize("backend", ["auto", "flash"])
 def test_flash_is_chosen_on_cuda(backend):
     choice = choose_attention(backend, device=torch.device("cuda"), dtype=torch.float16)

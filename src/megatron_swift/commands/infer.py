@@ -157,7 +157,7 @@ def _load(args: InferArguments, folder: Path, tokenizer: Tokenizer, described: D
         if sampling.greedy and name in args.given:
             get_logger().warning("--%s has no effect: the likeliest token is always taken; give --temperature", name)
     model = load_decoder(HuggingFaceWeights(folder, config), config, dtype=TORCH_DTYPES[dtype], device=device)
-    attention = choose_attention("auto", device=device, dtype=TORCH_DTYPES[dtype])
+    attention = choose_attention("auto", device=device, dtype=TORCH_DTYPES[dtype], head_dim=config.kv_channels)
     model.set_attention(attention.core)
     template = chosen_template(args, described.template, tokenizer)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_swift.kernels.dense_attention import cudnn_is_fastest, dense_attention, is_even
+from megatron_swift.kernels.dense_attention import cudnn_is_fastest, dense_attention, flash_takes, is_even
 from megatron_swift.kernels.dropout import Noise
 
 # Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and the segments of packed rows all differ.
@@ -98,20 +98,21 @@ class AttentionChoice:
 
 
 def choose_attention(
-    backend: str, *, device: torch.device, dtype: torch.dtype, softmax_in_fp32: bool = True
+    backend: str, *, device: torch.device, dtype: torch.dtype, head_dim: int = 128, softmax_in_fp32: bool = True
 ) -> AttentionChoice:
-    """Pick the kernel for `--attention_backend`: auto, flash, fused, unfused or local.
+    """Pick the kernel for `--attention_backend`: auto, flash, fused, unfused or local. head_dim: dims of a head.
 
     Raises ValueError when `flash` is asked for where it cannot run.
     """
-    flash_fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    flash_fits = flash_takes(device, dtype, head_dim)
     if backend in ("unfused", "local"):
         return AttentionChoice(
             functools.partial(unfused_attention, softmax_in_fp32=softmax_in_fp32), "written out (unfused)"
         )
     if backend == "flash" and not flash_fits:
         raise ValueError(
-            f"FlashAttention needs a CUDA device and a 16-bit type, not {device.type} and {str(dtype)[6:]}"
+            f"FlashAttention needs a CUDA device, a 16-bit type and heads of a multiple of 8 dimensions up to 256, "
+            f"not {device.type} and {str(dtype)[6:]} and {head_dim}"
         )
     if backend in ("auto", "flash") and flash_fits:
         if backend == "auto" and cudnn_is_fastest(device):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_swift.kernels.dense_attention import flash_takes
+
 _aten = torch.ops.aten
 
 
@@ -105,7 +107,7 @@ def merge(out: Tensor, log_sum: Tensor, more: Tensor, more_sum: Tensor) -> tuple
 
 
 def _flash_fits(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    return flash_takes(q.device, q.dtype, q.shape[-1])
 
 
 def _scale(q: Tensor) -> float:

@@ -17,6 +17,11 @@ _FASTEST_FIRST = [
 _GRAIN = 128
 
 
+def flash_takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's FlashAttention runs there on heads of this many dims."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+
+
 def cudnn_is_fastest(device: torch.device) -> bool:
     """Whether this GPU is one for which cuDNN's attention was seen ahead of FlashAttention: Hopper and later."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)

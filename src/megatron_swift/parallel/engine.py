@@ -339,6 +339,7 @@ def _install_attention(model: Decoder, mesh: Mesh, options: EngineOptions, kerne
         options.attention_backend,
         device=mesh.device,
         dtype=options.compute_dtype,
+        head_dim=model.cfg.kv_channels,
         softmax_in_fp32=options.softmax_in_fp32,
     )
     core = choice.core
