@@ -188,6 +188,14 @@ def test_split_documents_are_kept_over_and_found_again(tmp_path, tokenizer):
     assert any(ref.piece for ref in lane.place.held) or any(lane.place.held)
 
 
+def test_what_is_kept_over_keeps_no_window_in_memory(tmp_path, tokenizer):
+    lane = Lane(stream_of(tokenizer, write_rows(tmp_path / "a.jsonl", 600), lanes=1), 0)
+    for _ in range(30):
+        next(lane)
+    assert lane._over
+    assert all(kept.sample.ids.base is None and kept.sample.labels.base is None for kept in lane._over)
+
+
 def test_probabilities(tmp_path, tokenizer):
     a, b = write_rows(tmp_path / "a.jsonl", 300), write_rows(tmp_path / "b.jsonl", 300, first=500)
     stream = stream_of(tokenizer, a, b, lanes=2, packing=False, probabilities=(0.8, 0.2))

@@ -26,7 +26,7 @@ from megatron_swift.utils.files import digest, write_text
 MANIFEST = "manifest.json"
 BLOCK = 1 << 26
 _READ = 1 << 20
-_WRITER = re.compile(r"^__(\d+)_\d+\.distcp$")
+_WRITER = re.compile(r"^(?:optimizer/)?__(\d+)_\d+\.distcp$")
 
 
 @dataclass(frozen=True)

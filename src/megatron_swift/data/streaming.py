@@ -147,6 +147,11 @@ class _Kept(NamedTuple):
     sample: Sample
 
 
+def _copied(sample: Sample) -> Sample:
+    """The sample by itself: as a view it would keep its whole window in memory."""
+    return Sample(*(None if array is None else array.copy() for array in sample))
+
+
 class Lane:
     """Row after row for one place in the global batch, without end. `place` is where the next row will come from."""
 
@@ -184,7 +189,8 @@ class Lane:
             assert self.options.max_length is not None
             lengths = [len(kept.sample.ids) for kept in everything]
             groups = pack(lengths, self.options.max_length, window=len(lengths))
-            self._over = [everything[index] for index in groups.pop()]  # not full: more may fit with what comes next
+            last = [everything[index] for index in groups.pop()]  # not full: more may fit with what comes next
+            self._over = [kept._replace(sample=_copied(kept.sample)) for kept in last]
             self._packs = [[everything[index] for index in group] for group in groups]
         self.place = place
         self._after = Place(place.window + 1, draws, at, tuple(kept.ref for kept in self._over))
