@@ -149,7 +149,8 @@ class _Kept(NamedTuple):
 
 def _copied(sample: Sample) -> Sample:
     """The sample by itself: as a view it would keep its whole window in memory."""
-    return Sample(*(None if array is None else array.copy() for array in sample))
+    weights = sample.weights.copy() if sample.weights is not None else None
+    return Sample(sample.ids.copy(), sample.labels.copy(), weights)
 
 
 class Lane:
