@@ -96,8 +96,10 @@ def test_lazy_is_the_eager_run_and_resumes_bitwise(place, tmp_path):
     ("flags", "what"),
     [
         (
-            ("--train_iters", "1", "--streaming", "false", "--packing", "false", "--lazy_tokenize", "true")
-            + ("--truncation_strategy", "split"),
+            (
+                *("--train_iters", "1", "--streaming", "false", "--packing", "false"),
+                *("--lazy_tokenize", "true", "--truncation_strategy", "split"),
+            ),
             "--truncation_strategy split with --lazy_tokenize",
         ),
         (("--max_epochs", "1"), "--streaming needs --train_iters"),
