@@ -237,7 +237,10 @@ def test_a_model_that_transformers_does_not_know(settle, tmp_path, prompts, capl
         setup = settle(*flags)
     assert "transformers has no architecture" in caplog.text
     run = train(setup)
-    folder = convert(run.run_dir, tmp_path / "hf")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "megatron_swift"):
+        folder = convert(run.run_dir, tmp_path / "hf")
+    assert "transformers has no such architecture" in caplog.text
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["MegatronSwiftForCausalLM"]
     assert len(answers(folder, prompts, tmp_path / "r.jsonl")) == 3
     flags = ["--model", str(folder), "--to_mcore", "true", "--output_dir", str(tmp_path / "mcore")]

@@ -27,9 +27,10 @@ from megatron_swift.data.plugins import load_plugins
 from megatron_swift.data.templates import load_template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Message
-from megatron_swift.models.families import Described, describe
+from megatron_swift.models.families import NATIVE, Described, describe
 from megatron_swift.utils.errors import CheckpointError
 from megatron_swift.utils.files import write_json
+from megatron_swift.utils.log import get_logger
 
 if TYPE_CHECKING:  # torch is imported late, so that --help and a wrong flag are answered at once
     import torch
@@ -100,6 +101,10 @@ def prepare_export(args: ExportArguments) -> ExportPlan:
         chat_template=tokenizer.chat_template,
         extra=user_families(args),
     )
+    if args.to_hf and described.family is NATIVE:
+        get_logger().warning(
+            "transformers has no such architecture: the folder is for this product (docs/pretraining.md)"
+        )
     out = output_dir(args, load or model_dir)
     check_output_dir(str(out), exist_ok=args.exist_ok)
     ids: tuple[int, ...] = ()
