@@ -113,7 +113,7 @@ def test_validation_is_the_last_documents(tmp_path):
     assert found.val is not None
     assert {token for index in range(len(found.val)) for token in flat(found.val, index)} <= set(range(160, 200))
     assert {token for index in range(len(found.train)) for token in flat(found.train, index)} <= set(range(160))
-    assert found.documents == {prefix: 10}
+    assert found.documents == ((prefix, 10),)
     assert found.drawn == [len(found.train)] == [17]
 
 

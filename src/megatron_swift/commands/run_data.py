@@ -86,7 +86,7 @@ class RunData:
             lines = [f"data: {self.num_rows} rows of {max_length} tokens, {self.num_val_rows} to evaluate on"]
             lines += [
                 f"  {count:>9} rows from {documents} documents of {prefix}"
-                for count, (prefix, documents) in zip(self.lazy.drawn, self.lazy.documents.items(), strict=True)
+                for count, (prefix, documents) in zip(self.lazy.drawn, self.lazy.documents, strict=True)
             ]
             return "\n".join(lines)
         if self.lazy is not None:

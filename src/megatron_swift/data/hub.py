@@ -27,6 +27,7 @@ CARD = "README.md"
 PATTERNS = [*(f"*{suffix}" for suffix in READERS), CARD]  # rows and their description, never code
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "configuration.json")
 PROSE = ("readme", "license", "licence", "notice", "requirements", "citation")
+SHOWN = 10  # names of files in a message
 NOT_TRAINING = {"test", "testing", "eval", "evaluation", "dev", "valid", "validation", "val"}
 LARGEST_CARD = 1 << 20  # bytes
 
@@ -270,8 +271,10 @@ def _of_splits(files: Sequence[Path], root: Path, splits: Sequence[str], flag: s
         exact = [path for end in ends for path in files if end.search(names[path])]
         if exact:
             return tuple(dict.fromkeys(exact))
-    kept = [path for path in files if not NOT_TRAINING & set(re.split(r"[^a-z]+", names[path]))]
-    left_out = [path.name for path in files if path not in kept]
+    named_after_others = [bool(NOT_TRAINING & set(re.split(r"[^a-z]+", names[path]))) for path in files]
+    kept = [path for path, other in zip(files, named_after_others, strict=True) if not other]
+    left_out = [path.name for path, other in zip(files, named_after_others, strict=True) if other]
     if kept and left_out:
-        get_logger().warning("%s: not for training by their names: %s", flag, ", ".join(left_out))
+        more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+        get_logger().warning("%s: not for training by their names: %s%s", flag, ", ".join(left_out[:SHOWN]), more)
     return tuple(kept or files)

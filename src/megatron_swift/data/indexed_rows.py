@@ -181,12 +181,12 @@ def blend_order(weights: Sequence[float], count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Indexed:
-    """What --data_path gives. fingerprint: of the data and of all that decides the rows. documents: of each data set."""
+    """What --data_path gives. fingerprint: of the data and of all that decides the rows. documents: prefix and documents of each data set."""
 
     train: IndexedRows
     val: IndexedRows | None
     fingerprint: str
-    documents: dict[str, int]
+    documents: tuple[tuple[str, int], ...]
 
     @property
     def drawn(self) -> list[int]:
@@ -214,7 +214,7 @@ def open_indexed(blend: Blend, *, length: int, val_ratio: float, seed: int, shuf
     seen = [[file.dtype.str, len(file), *(ends_hash(path) for path in files_of(file.prefix))] for file in files]
     parts = [INDEXED_VERSION, seen, blend.weights, length, val_ratio, seed, shuffle]
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
-    return Indexed(train, val, f"indexed-{digest}", {file.prefix: len(file) for file in files})
+    return Indexed(train, val, f"indexed-{digest}", tuple((file.prefix, len(file)) for file in files))
 
 
 def _num_rows(file: IndexedFile, share: float, length: int) -> int:

@@ -56,8 +56,13 @@ class LineFile:
         self._forget()
 
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file and of what was read. The next `read` opens it again."""
         if self._file is not None:
             os.close(self._file)
+        self._forget()
 
     def read(self, index: int) -> Row:
         """Row `index`. Rows near each other in the file are read at once."""

@@ -40,6 +40,10 @@ class RowFile(Protocol):
         """`file.jsonl:12` for a line, `file.json[11]` for an element."""
         ...
 
+    def close(self) -> None:
+        """Hold nothing open. The next `read` opens the file again."""
+        ...
+
 
 def open_file(path: Path) -> RowFile:
     """The rows of `path`, whose suffix is in READERS. DataError where the file cannot be read as what its suffix says."""
@@ -81,8 +85,13 @@ class TextFile:
         return {**self.__dict__, "_file": None}
 
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file. The next `read` opens it again."""
         if self._file is not None:
             os.close(self._file)
+        self._file = None
 
     def read(self, index: int) -> Row:
         """Row `index`."""
@@ -378,6 +387,10 @@ class ParquetFile:
             raise DataError(
                 f"{self.path} is damaged in row group {group}", why=str(error), do="fetch it again"
             ) from error
+
+    def close(self) -> None:
+        """Drop the row group in memory."""
+        self._forget()
 
     def where(self, index: int) -> str:
         """File and row, counted from 0."""

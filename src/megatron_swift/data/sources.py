@@ -31,6 +31,7 @@ from megatron_swift.utils.errors import DataError, UsageError
 
 UNWANTED = "not wanted by its data set"  # the reason of a row for which a fixup gives None
 IDENTITY_ASSET = "self_cognition.jsonl"
+MOST_OPEN = 64  # files of a table held open: a folder may have more than a process may open
 
 
 class Request(NamedTuple):
@@ -217,6 +218,7 @@ class Table:
         self.files = list(files.values())
         self._parts: list[tuple[RowFile, Fixup]] = [(files[path], subset.fixup) for path, subset in source.parts]
         self._ends = np.cumsum([len(file) for file, _ in self._parts]).tolist()
+        self._open: dict[int, RowFile] = {}  # by part, the one that was opened first in front
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -224,6 +226,10 @@ class Table:
     def _find(self, index: int) -> tuple[RowFile, Fixup, int]:
         part = bisect.bisect_right(self._ends, index) if len(self._ends) > 1 else 0
         file, fixup = self._parts[part]
+        if part not in self._open:
+            if len(self._open) == MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[part] = file
         return file, fixup, index - (self._ends[part - 1] if part else 0)
 
     def read(self, index: int) -> Row:
