@@ -143,3 +143,13 @@ def test_float32_is_near(one_process):
     multiples = {"pad_to_multiple": engine.row_multiple, "segment_multiple": engine.segment_multiple}
     loss, tokens = engine.evaluate([collate(m, pad_id=0, rows=(), **multiples) for m in SAMPLES[0]])
     assert tokens == expected.evaluations[0][1] and loss == pytest.approx(expected.evaluations[0][0], rel=1e-5)
+
+
+def test_selective_recomputation_reaches_the_written_out_attention():
+    """What keeps the attention weights is what selective recomputation is for; the numbers stay."""
+    plain = random_engine(shape(), attention_backend="unfused")
+    again = random_engine(shape(), attention_backend="unfused", **SELECTIVE)
+    assert "again" in again.kernels["attention"] and "again" not in plain.kernels["attention"]
+    batch = [collate(SAMPLES[0][1], pad_to_multiple=8, pad_id=0, rows=())]
+    losses = [engine.forward_backward(batch, num_tokens=1) for engine in (plain, again)]
+    assert losses[0] == losses[1] and plain.shards.grad_norm() == again.shards.grad_norm()

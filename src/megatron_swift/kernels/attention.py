@@ -106,9 +106,8 @@ def choose_attention(
     """
     flash_fits = flash_takes(device, dtype, head_dim)
     if backend in ("unfused", "local"):
-        return AttentionChoice(
-            functools.partial(unfused_attention, softmax_in_fp32=softmax_in_fp32), "written out (unfused)"
-        )
+        core = functools.partial(unfused_attention, softmax_in_fp32=softmax_in_fp32)
+        return AttentionChoice(core, "written out (unfused)", keeps_weights=True)
     if backend == "flash" and not flash_fits:
         raise ValueError(
             f"FlashAttention needs a CUDA device, a 16-bit type and heads of a multiple of 8 dimensions up to 256, "
