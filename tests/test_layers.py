@@ -40,6 +40,7 @@ THIRD_PARTY = (
     ("kernels.fused", {"torch", "triton"}),
     ("kernels", {"torch"}),
     ("parallel", {"torch", "numpy"}),
+    ("checkpoint.checksum", {"numpy"}),
     ("checkpoint", {"torch", "safetensors"}),
     ("train", {"torch", "numpy", "matplotlib"}),
     ("infer", {"torch", "numpy"}),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_weights import config, pieces_of_rank, random_weights
 
 from megatron_swift.checkpoint import manifest as manifests
+from megatron_swift.checkpoint.checksum import WordSum
 from megatron_swift.checkpoint.dcp import Piece, save_pieces
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.checkpoint.manifest import MANIFEST, SummedFiles, Sums, sum_file, verify, write_file, write_manifest
@@ -20,6 +21,12 @@ from megatron_swift.checkpoint.publish import publish
 from megatron_swift.checkpoint.ranks import single
 from megatron_swift.utils.errors import CheckpointError
 from megatron_swift.utils.files import digest
+
+
+def word_sum(data: bytes) -> int:
+    total = WordSum()
+    total.update(memoryview(data))
+    return total.value()
 
 
 @pytest.fixture
@@ -39,7 +46,7 @@ def test_blocks_do_not_depend_on_how_the_bytes_come(tmp_path_factory, parts):
             sums.update(part)
         entry = sums.entry()
         assert entry.bytes == len(data)
-        assert entry.crc32 == tuple(zlib.crc32(data[i : i + 1000]) for i in range(0, len(data), 1000))
+        assert entry.sums == tuple(word_sum(data[i : i + 1000]) for i in range(0, len(data), 1000))
         path = tmp_path_factory.mktemp("sums") / "file"
         assert write_file(path, data) == entry == sum_file(path)
 
@@ -199,3 +206,15 @@ def test_what_fails_in_a_writer_thread_is_raised(tmp_path, threads, broken):
 
     with pytest.raises(MemoryError, match="no room"):
         save_pieces(tmp_path, [piece(number) for number in range(4)], distributed=False, threads=threads)
+
+
+def test_manifests_of_the_version_before(tmp_path, small_blocks):
+    data = os.urandom(2500)
+    (tmp_path / "a").write_bytes(data)
+    sums = [zlib.crc32(data[i : i + 1000]) for i in range(0, 2500, 1000)]
+    listed = {"format": 2, "files": {"a": {"bytes": 2500, "crc32": sums}}}
+    (tmp_path / MANIFEST).write_text(json.dumps(listed))
+    verify(tmp_path)
+    (tmp_path / "a").write_bytes(data[:2000] + b"!" + data[2001:])
+    with pytest.raises(CheckpointError, match="damaged"):
+        verify(tmp_path)

@@ -233,7 +233,7 @@ DAMAGE = {
     "f26 .metadata": (".metadata", lambda path: flip(path, random.Random(3))),
     "f26 state": ("state.json", lambda path: flip(path, random.Random(4))),
     "f26 random numbers": ("rng_00001.json", lambda path: flip(path, random.Random(5))),
-    "f26 manifest": (MANIFEST, lambda path: path.write_bytes(path.read_bytes().replace(b'"crc32"', b'"crc33"', 1))),
+    "f26 manifest": (MANIFEST, lambda path: path.write_bytes(path.read_bytes().replace(b'"sum64"', b'"sum63"', 1))),
     "f27 truncated": ("__1_0.distcp", _truncate),
     "f27 empty": ("__0_0.distcp", lambda path: path.write_bytes(b"")),
     "f27 missing": ("__0_0.distcp", Path.unlink),
