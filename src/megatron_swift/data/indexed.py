@@ -101,7 +101,9 @@ def _read_header(index: Path) -> tuple[np.dtype, int, int]:
     if len(raw) < HEADER.size or not raw.startswith(MAGIC):
         raise DataError(
             f"{index} is not an index of Megatron's",
-            why="it is shorter than its header" if MAGIC.startswith(raw[: len(MAGIC)]) else "its first bytes are others",
+            why="it is shorter than its header"
+            if MAGIC.startswith(raw[: len(MAGIC)])
+            else "its first bytes are others",
             do="give the path without .idx and .bin, of a data set that Megatron's preprocess_data or we wrote",
         )
     _, version, code, sequences, marks = HEADER.unpack(raw)
