@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -72,7 +71,6 @@ class Builder:
         train, val = choose(options, self.sources, self.val_sources, usable)
         del usable
         self._count_chosen(train, val)
-        train, val = _mapped(train, staging), _mapped(val, staging)
         report.train = self._write(staging / "train", train)
         if not report.train.samples:
             raise DataError("no row is left to train on", why=report.reasons() or "the data sets have no rows")
@@ -152,7 +150,7 @@ class Builder:
 
     def _write(self, folder: Path, wanted: Index) -> Part:
         """Encode each row of `wanted` once, pack and write them in the order of `wanted`."""
-        unique = _mapped(np.unique(wanted), folder.parent)
+        unique = np.unique(wanted)
         numbers = [np.zeros(0, wanted.dtype)]
         part = Part(rows_wanted=len(wanted))
         with RowWriter(folder) as writer:
@@ -195,16 +193,6 @@ class Builder:
         finally:
             progress.close()
         progress.finish()
-
-
-def _mapped(index: Index, folder: Path) -> Index:
-    """The index in a file without a name: the kernel can take its pages back, and a worker process does not begin with them."""
-    if not len(index):
-        return index
-    with tempfile.TemporaryFile(dir=folder) as file:
-        index.tofile(file)
-        file.flush()
-        return np.memmap(file, index.dtype, "r").view(np.ndarray)
 
 
 def _expand(kept: Index, wanted: Index) -> Index:
