@@ -38,6 +38,7 @@ THIRD_PARTY = (
     ("models.families", set()),
     ("models", {"torch"}),
     ("kernels.fused", {"torch", "triton"}),
+    ("kernels.cudnn_ragged", {"torch", "cudnn"}),
     ("kernels", {"torch"}),
     ("parallel", {"torch", "numpy"}),
     ("checkpoint.checksum", {"numpy"}),
@@ -50,7 +51,7 @@ THIRD_PARTY = (
     ("launch", {"torch"}),
 )
 # Optional, or slow to import: only inside the function that needs them.
-LAZY = {"transformers", "yaml", "huggingface_hub", "modelscope", "matplotlib", "pyarrow"}
+LAZY = {"transformers", "yaml", "huggingface_hub", "modelscope", "matplotlib", "pyarrow", "cudnn"}
 DISTRIBUTED = ("parallel", "checkpoint", "launch")
 
 

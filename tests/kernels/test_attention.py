@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_swift.kernels import attention
 from megatron_swift.kernels.attention import Segments, choose_attention, plain_attention, unfused_attention
 
 CPU = torch.device("cpu")
@@ -136,6 +137,49 @@ def test_heads_that_flash_does_not_take(head_dim):
     assert choose_attention("auto", **settings).core is plain_attention
     with pytest.raises(ValueError, match=f"and {head_dim}$"):
         choose_attention("flash", **settings)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
+def test_cudnn_where_it_cannot_run(device, dtype):
+    with pytest.raises(ValueError, match="a CUDA device and a 16-bit type"):
+        choose_attention("cudnn", device=torch.device(device), dtype=dtype)
+
+
+@pytest.mark.parametrize(("missing", "core"), [("", "cudnn_attention"), ("it is not there", "even_or_flash_attention")])
+def test_what_auto_takes_on_hopper(monkeypatch, missing, core):
+    """A missing package is named, and an explicit request for it refused."""
+    monkeypatch.setattr(attention, "cudnn_is_fastest", lambda device: True)
+    monkeypatch.setattr(attention, "why_no_frontend", lambda: missing)
+    cuda = torch.device("cuda")
+    choice = choose_attention("auto", device=cuda, dtype=torch.bfloat16)
+    assert choice.core is getattr(attention, core) and missing in choice.reason
+    with pytest.raises(ValueError, match="64 or 128 dimensions, not 96"):
+        choose_attention("cudnn", device=cuda, dtype=torch.bfloat16, head_dim=96)
+    if missing:
+        with pytest.raises(ValueError, match=missing):
+            choose_attention("cudnn", device=cuda, dtype=torch.bfloat16)
+    else:
+        assert choose_attention("cudnn", device=cuda, dtype=torch.bfloat16) == choice
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dim", "deterministic", "kernel"),
+    [
+        ((256, 256), 128, False, "dense_attention"),
+        ((300, 17), 128, False, "ragged_attention"),
+        ((300, 17), 96, False, "flash_attention"),
+        ((300, 17), 128, True, "flash_attention"),
+        ((255, 17), 128, False, "flash_attention"),
+    ],
+)
+def test_which_rows_cudnn_gets(monkeypatch, lengths, dim, deterministic, kernel):
+    taken = []
+    for name in ("dense_attention", "ragged_attention", "flash_attention"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name, **__: taken.append(name))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    q = torch.empty(sum(lengths), 2, dim)
+    attention.cudnn_attention(q, q, q, Segments.of(lengths, CPU))
+    assert taken == [kernel]
 
 
 @pytest.mark.parametrize("backend", ["auto", "flash"])

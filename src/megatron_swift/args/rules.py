@@ -385,6 +385,7 @@ def _deterministic(args: TrainArguments) -> None:
         return
     flash = "--attention_backend flash" if args.attention_backend == "flash" else ""
     flash = "--use_flash_attn true" if args.use_flash_attn else flash
+    flash = "--attention_backend cudnn" if args.attention_backend == "cudnn" else flash
     for clash in (flash, "--cross_entropy_loss_fusion true" if args.cross_entropy_loss_fusion else ""):
         if clash:
             raise UsageError(

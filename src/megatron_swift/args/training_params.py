@@ -74,9 +74,10 @@ class TrainingParams(Arguments):
         fixed="the loss is defined per token over the global batch",
     )
     use_flash_attn: bool = param(False, "Require the flash-attention kernel; the same as attention_backend flash.")
-    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = param(
+    attention_backend: Literal["auto", "flash", "cudnn", "fused", "unfused", "local"] = param(
         "auto",
-        "Attention kernel: auto = the fastest that fits, flash and fused = that PyTorch kernel or an error, "
+        "Attention kernel: auto = the fastest that fits, flash and fused = that PyTorch kernel or an error, cudnn = cuDNN "
+        "for ragged rows, too (Hopper, nvidia-cudnn-frontend), or an error, "
         "unfused and local = plain matrix products (slow, exact reference).",
     )
     optimizer: Literal["adam", "sgd"] = param(

@@ -1,4 +1,4 @@
-"""Causal attention over packed rows: torch's variable-length FlashAttention on CUDA, and its plain twin everywhere else."""
+"""Causal attention over packed rows: cuDNN's and torch's variable-length FlashAttention on CUDA, and their plain twin everywhere else."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_swift.kernels.cudnn_ragged import HEAD_DIMS, ragged_attention, takes, why_no_frontend
 from megatron_swift.kernels.dense_attention import cudnn_is_fastest, dense_attention, flash_takes, is_even
 from megatron_swift.kernels.dropout import Noise
 
 # Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and the segments of packed rows all differ.
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+# The longest segment from which cuDNN's ragged form is ahead of FlashAttention's: docs/speed.md has both.
+_LONG = 256
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,15 @@ def even_or_flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments)
     return flash_attention(q, k, v, segments)
 
 
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """cuDNN wherever it is ahead: a dense batch, or a ragged row that is not of short segments only; `flash_attention` otherwise."""
+    if is_even(segments.lengths):
+        return dense_attention(q, k, v, segments.lengths)
+    if segments.longest >= _LONG and takes(q) and not torch.are_deterministic_algorithms_enabled():
+        return ragged_attention(q, k, v, ends=segments.cumulative, longest=segments.longest)
+    return flash_attention(q, k, v, segments)
+
+
 @dataclass(frozen=True)
 class AttentionChoice:
     """The kernel in use, the sentence about it for the start-up banner, and whether it keeps the attention weights for the backward pass."""
@@ -100,9 +113,9 @@ class AttentionChoice:
 def choose_attention(
     backend: str, *, device: torch.device, dtype: torch.dtype, head_dim: int = 128, softmax_in_fp32: bool = True
 ) -> AttentionChoice:
-    """Pick the kernel for `--attention_backend`: auto, flash, fused, unfused or local. head_dim: dims of a head.
+    """Pick the kernel for `--attention_backend`: auto, flash, cudnn, fused, unfused or local. head_dim: dims of a head.
 
-    Raises ValueError when `flash` is asked for where it cannot run.
+    Raises ValueError when `flash` or `cudnn` is asked for where it cannot run.
     """
     flash_fits = flash_takes(device, dtype, head_dim)
     if backend in ("unfused", "local"):
@@ -113,9 +126,25 @@ def choose_attention(
             f"FlashAttention needs a CUDA device, a 16-bit type and heads of a multiple of 8 dimensions up to 256, "
             f"not {device.type} and {str(dtype)[6:]} and {head_dim}"
         )
-    if backend in ("auto", "flash") and flash_fits:
-        if backend == "auto" and cudnn_is_fastest(device):
-            reason = "cuDNN where all segments of a row are of one length, else torch varlen FlashAttention"
+    missing = _why_no_cudnn(device, head_dim) if flash_fits else "it takes a CUDA device and a 16-bit type"
+    if backend == "cudnn" and missing:
+        raise ValueError(f"cuDNN for ragged rows cannot run: {missing}")
+    if backend in ("auto", "cudnn") and flash_fits and cudnn_is_fastest(device):
+        if missing:
+            reason = (
+                f"cuDNN where all segments of a row are of one length, else torch varlen FlashAttention ({missing})"
+            )
             return AttentionChoice(even_or_flash_attention, reason)
+        return AttentionChoice(cudnn_attention, "cuDNN; torch varlen FlashAttention for rows of short segments only")
+    if backend in ("auto", "flash") and flash_fits:
         return AttentionChoice(flash_attention, "torch varlen FlashAttention")
     return AttentionChoice(plain_attention, "torch scaled_dot_product_attention, segment by segment")
+
+
+def _why_no_cudnn(device: torch.device, head_dim: int) -> str:
+    """Why cuDNN cannot do all rows of a 16-bit type; "" where it can."""
+    if not cudnn_is_fastest(device):
+        return "it takes a GPU of compute capability 9.0 or later"
+    if head_dim not in HEAD_DIMS:
+        return f"its ragged form takes heads of {' or '.join(map(str, HEAD_DIMS))} dimensions, not {head_dim}"
+    return why_no_frontend()
