@@ -33,7 +33,7 @@ def first_text(path: Path, characters: int = 30_000) -> str:
     return text[:characters]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [FILES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FILES[1:])])
 def test_from_scratch_as_transformers(shared, tmp_path, name):
     _, cfg, written = family_of(MODEL)
     like, folder = make_tiny_model(tmp_path / "like", vocab_size=384), tmp_path / "hf"

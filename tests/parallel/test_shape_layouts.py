@@ -83,8 +83,14 @@ def one_process():
 
 
 DENSE = [name for name in SHAPES if SHAPES[name].moe is None]
-# All layouts for two shapes that have everything between them, the layouts that cut deepest for the others.
-PAIRS = [(n, y) for n in DENSE for y in LAYOUTS if n in ("gpt2", "neox") or y in ("tp4-sp", "tp2-pp2-cp2")]
+# All layouts for two shapes that have everything between them, the layouts that cut deepest for the others; `make test-slow` runs them all.
+CUT = ("tp4-sp", "tp2-pp2-cp2")
+PAIRS = [
+    pytest.param(n, y, marks=[] if n == "gpt2" or y in CUT else [pytest.mark.slow])
+    for n in DENSE
+    for y in LAYOUTS
+    if n in ("gpt2", "neox") or y in CUT
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), PAIRS)

@@ -36,7 +36,8 @@ class Run:
         self.scale = LossScale.for_dtype(precision)
         monkeypatch.setattr(loop, "train_step", self._step)
 
-    def _step(self, engine, optimizer, batches, *, lr, clip_grad, loss_scale):
+    def _step(self, engine, optimizer, batches, *, lr, clip_grad, loss_scale, iteration):
+        assert iteration == self.state.iteration  # from which dropout draws: of the steps before this one
         outcome = self.outcomes[batches[0].rows[0]]
         loss_scale.update(overflow=outcome != ".")
         self.events.append(("step", lr))
