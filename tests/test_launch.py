@@ -303,6 +303,17 @@ def test_two_nodes_without_a_shared_disk(place):
     assert merged.code == 0, merged.err
 
 
+def test_a_bad_row_that_a_loader_process_meets(place, tmp_path):
+    """Said once, in its own words, and the run ends: one process, with loader processes that ignore SIGTERM."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"query": "who", "response": "me"}\n' * 200 + "{\n")
+    command = [path if word == "rows.jsonl" else word for word in SFT]
+    flags = ("--model", "model", "--streaming", "true", "--train_iters", "200", "--num_workers", "1")
+    said = call(*command, *flags, "--save", tmp_path / "out", cwd=place)
+    assert said.code == 3, said.err
+    assert said.err.count(f"{path}:201: bad JSON") == 1 and "Traceback" not in said.err
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -49,6 +49,10 @@ def _enter(program: str) -> None:
     except BrokenPipeError:  # whoever reads, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         code = 128 + signal.SIGPIPE
+    if code:
+        # At once: Python would first wait for loader processes of the run that failed, and they for its next question.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -278,6 +278,16 @@ def test_micro_batches_of_several_rows(stream, golden):
     assert places == golden[1]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_is_the_same_error_from_a_worker(tmp_path, tokenizer, workers):
+    path = write_rows(tmp_path / "a.jsonl", 30)
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(DataError) as caught:
+        load(stream_of(tokenizer, path, lanes=2), workers=workers, steps=40)
+    assert caught.value.what.startswith(f"{path}:31: bad JSON")
+    assert "--strict false" in caught.value.do
+
+
 @pytest.mark.parametrize(("at", "dp_size", "workers"), [(1, 1, 0), (4, 2, 2), (8, 4, 0), (5, 1, 4)])
 def test_resume_with_other_ranks_and_workers(stream, golden, at, dp_size, workers):
     _, places = load(stream, dp_size=2, workers=1, steps=at)

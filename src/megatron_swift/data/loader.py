@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from megatron_swift.data.order import Order, micro_batch_positions, num_micro_batches
 from megatron_swift.data.streaming import Lane, Place, Stream
 from megatron_swift.data.types import IGNORE, Batch, Sample
+from megatron_swift.utils.errors import SwiftError
 
 
 class Rows(Protocol):
@@ -116,12 +117,15 @@ class _Steps(Dataset):
     def __init__(self, rows: Rows, order: Order, layout: Layout) -> None:
         self.rows, self.order, self.layout = rows, order, layout
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def __getitem__(self, step: int) -> list[Batch] | SwiftError:
         layout = self.layout
-        return [
-            layout.batch(self.rows, self.order.rows(layout.positions(step, micro)))
-            for micro in range(layout.num_micro_batches)
-        ]
+        try:
+            return [
+                layout.batch(self.rows, self.order.rows(layout.positions(step, micro)))
+                for micro in range(layout.num_micro_batches)
+            ]
+        except SwiftError as error:  # raised where it arrives: torch would make one text of it and its traceback
+            return error
 
 
 def _as_they_are(value: Any) -> Any:
@@ -204,6 +208,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[list[Batch]]:
         steps = map(self._steps.__getitem__, self._numbers) if self._loader is None else self._loader
         for batches in steps:
+            if isinstance(batches, SwiftError):
+                raise batches
             yield [_pin(batch) for batch in batches] if self._pin else batches
 
 
@@ -252,7 +258,13 @@ class _Micros(IterableDataset):
     def __init__(self, stream: Stream, places: Mapping[int, Place], layout: Layout, num_steps: int) -> None:
         self.stream, self.places, self.layout, self.num_steps = stream, places, layout, num_steps
 
-    def __iter__(self) -> Iterator[tuple[Batch, dict[int, Place]]]:
+    def __iter__(self) -> Iterator[tuple[Batch, dict[int, Place]] | SwiftError]:
+        try:
+            yield from self._made()
+        except SwiftError as error:
+            yield error
+
+    def _made(self) -> Iterator[tuple[Batch, dict[int, Place]]]:
         worker = get_worker_info()
         first, every = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         layout = self.layout
@@ -298,7 +310,10 @@ class StreamLoader:
         for _ in range(self._micros.num_steps):
             batches = []
             for _ in range(self._micros.layout.num_micro_batches):
-                batch, places = next(micros)
+                made = next(micros)
+                if isinstance(made, SwiftError):
+                    raise made
+                batch, places = made
                 self.places |= places
                 batches.append(_pin(batch) if self._pin else batch)
             yield batches
