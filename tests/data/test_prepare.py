@@ -149,7 +149,7 @@ def test_number_of_processes_changes_nothing(tmp_path, tokenizer, options, monke
 def test_warm_hit_encodes_nothing(tmp_path, tokenizer, options, monkeypatch):
     data = write_data(tmp_path / "d.jsonl", 1000)
     cold = prepare(options(data, packing=True), tokenizer)
-    monkeypatch.setattr("megatron_swift.data.build.encode_many", pytest.fail)
+    monkeypatch.setattr("megatron_swift.data.chunks.encode_many", pytest.fail)
     begin = time.perf_counter()
     warm = prepare(options(data, packing=True, dataset_num_proc=2), tokenizer)
     assert time.perf_counter() - begin < 0.5

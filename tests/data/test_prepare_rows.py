@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import write_tokenizer
 
-from megatron_swift.data import build
+from megatron_swift.data import build, chunks
 from megatron_swift.data import prepare as module
 from megatron_swift.data.prepare import DataOptions, Prepared, prepare
 from megatron_swift.data.templates import get_template
@@ -383,7 +383,7 @@ def test_reuse_cache_encodes_anew(tmp_path, tokenizer, options, monkeypatch):
 
     base = options(write_rows(tmp_path / "a.jsonl", qa(1)))
     prepare(base, tokenizer)
-    monkeypatch.setattr(build, "encode_many", encode)
+    monkeypatch.setattr(chunks, "encode_many", encode)
     prepare(base, tokenizer)
     with pytest.raises(Encoded):
         prepare(replace(base, download_mode="reuse_cache_if_exists"), tokenizer)

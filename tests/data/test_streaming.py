@@ -12,27 +12,21 @@ from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.data.blocks import cut
 from megatron_swift.data.loader import Layout, StreamLoader
-from megatron_swift.data.registry import Identity
+from megatron_swift.data.options import DataOptions
 from megatron_swift.data.sources import find_source
-from megatron_swift.data.streaming import Lane, Place, StreamOptions, open_stream
+from megatron_swift.data.streaming import Lane, Place, open_stream
 from megatron_swift.data.templates import get_template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.utils.errors import DataError
 
-OPTIONS = StreamOptions(
+OPTIONS = DataOptions(
+    ("rows",),
     template=get_template("chatml"),
     system="",
     max_length=60,
-    truncation="delete",
-    loss_scale="default",
     packing=True,
     strict=True,
-    columns=(),
-    identity=Identity(),
-    seed=7,
-    shuffle=True,
-    window=20,
-    probabilities=None,
+    data_seed=7,
 )
 
 
@@ -47,9 +41,9 @@ def write_rows(path: Path, count: int, *, first: int = 0) -> Path:
     return path
 
 
-def stream_of(tokenizer, *paths, lanes=4, **values):
-    sources = [find_source(str(path)) for path in paths]
-    return open_stream(sources, tokenizer, replace(OPTIONS, **values), lanes=lanes)
+def stream_of(tokenizer, *paths, lanes=4, window=20, **values):
+    options = replace(OPTIONS, dataset=tuple(map(str, paths)), **values)
+    return open_stream([find_source(path) for path in options.dataset], tokenizer, options, window=window, lanes=lanes)
 
 
 def number(sample, tokenizer) -> int:
@@ -148,7 +142,9 @@ def test_a_file_that_changes(tmp_path):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_lanes_share_the_rows_of_a_pass(tmp_path, tokenizer, shuffle):
     count = 600
-    stream = stream_of(tokenizer, write_rows(tmp_path / "a.jsonl", count), packing=False, shuffle=shuffle, window=7)
+    stream = stream_of(
+        tokenizer, write_rows(tmp_path / "a.jsonl", count), packing=False, dataset_shuffle=shuffle, window=7
+    )
     blocks = len(stream.sets[0])
     assert blocks >= 8 * 4 - 8
     seen: Counter = Counter()
@@ -198,7 +194,7 @@ def test_what_is_kept_over_keeps_no_window_in_memory(tmp_path, tokenizer):
 
 def test_probabilities(tmp_path, tokenizer):
     a, b = write_rows(tmp_path / "a.jsonl", 300), write_rows(tmp_path / "b.jsonl", 300, first=500)
-    stream = stream_of(tokenizer, a, b, lanes=2, packing=False, probabilities=(0.8, 0.2))
+    stream = stream_of(tokenizer, a, b, lanes=2, packing=False, interleave_prob=(0.8, 0.2))
     drawn = numbers(Lane(stream, 0), tokenizer, 400)
     assert 0.72 < np.mean([n < 500 for n in drawn]) < 0.88
     assert len({n for n in drawn if n >= 500}) > 40
@@ -215,11 +211,11 @@ def test_bad_rows(tmp_path, tokenizer, caplog):
     lines = path.read_text().splitlines()
     lines[17] = '{"query": "q"'
     path.write_text("\n".join(lines))
-    stream = stream_of(tokenizer, path, lanes=1, packing=False, shuffle=False, window=30)
+    stream = stream_of(tokenizer, path, lanes=1, packing=False, dataset_shuffle=False, window=30)
     with pytest.raises(DataError) as caught:
         next(Lane(stream, 0))
     assert f"{path}:18: bad JSON" in caught.value.what
-    loose = stream_of(tokenizer, path, lanes=1, packing=False, shuffle=False, window=30, strict=False)
+    loose = stream_of(tokenizer, path, lanes=1, packing=False, dataset_shuffle=False, window=30, strict=False)
     lane = Lane(loose, 0)
     assert numbers(lane, tokenizer, 29) == [n for n in range(30) if n != 17]
     assert lane.left_out == 1

@@ -55,7 +55,7 @@ def write_run_files(
     known = known if config is None else str(run_dir / FOLDER)
     resolved = dataclasses.replace(args, model=known, save=str(run_dir))
     write_json(run_dir / "args.json", to_json(resolved) | settled)
-    write_json(run_dir / "data_report.json", data.report())
+    write_json(run_dir / "data_report.json", data.report)
     if data.val_rows:
         with storage_errors(run_dir), open(run_dir / "val_dataset.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in data.val_rows)

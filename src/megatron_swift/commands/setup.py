@@ -301,7 +301,7 @@ def _print_banner(setup: RunSetup, reason: str, data: RunData, tokenizer: Tokeni
     }
     for name, text in lines.items():
         print(f"{name:14s} {text}")
-    print(data.table(args.max_length))
+    print(data.table)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("first sample, trained tokens " + ("in green:" if colour else "in ⟦ ⟧:"))
     print(render_sample(data.first, tokenizer, colour=colour), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,6 @@ from megatron_swift.data.registry import Fixup, Row
 from megatron_swift.data.sources import Source
 
 LARGEST = 1 << 22  # bytes of text in a block
-END = 1 << 16  # bytes of a file's beginning and end that its fingerprint sees
 SMALLEST = 1 << 10
 GUESS = 2048  # bytes of a row of a file without lines, for what is held in memory
 ROWS = 1000  # rows in a block of a file that has no lines to look for
@@ -86,16 +84,6 @@ def cut(sources: Sequence[Source], *, at_least: int) -> Blocks:
     rows = min(max(sum(counted) // at_least, 1), ROWS)
     counts = [-(-part.stop // (size if part.by_lines else rows)) for part in parts]
     return Blocks(tuple(parts), size, rows, (0, *np.cumsum(counts, dtype=np.int64).tolist()))
-
-
-def ends_hash(path: Path) -> tuple[int, str]:
-    """Bytes of a file, and a hash of its beginning and end: cheap for a file of any size, and blind to what is changed in between."""
-    size = Stamp.of(path).size
-    with path.open("rb") as file:
-        ends = hashlib.blake2b(file.read(END), digest_size=16)
-        file.seek(max(size - END, 0))
-        ends.update(file.read(END))
-    return size, ends.hexdigest()
 
 
 def _parts(source: Source) -> Iterator[Part]:

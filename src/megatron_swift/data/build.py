@@ -13,15 +13,23 @@ import numpy as np
 
 from megatron_swift.data.cache import RowWriter, file_checksum, write_checked
 from megatron_swift.data.choice import choose
-from megatron_swift.data.chunks import OVER_LENGTH, Fault, Index, Rows, conversation_json, encode_chunk, find_faults
-from megatron_swift.data.encode import encode_many
+from megatron_swift.data.chunks import (
+    Fault,
+    Index,
+    Rows,
+    conversation_json,
+    encode_chunk,
+    encoder,
+    find_faults,
+    refusal,
+)
 from megatron_swift.data.options import DataOptions
 from megatron_swift.data.packing import pack_arrays
 from megatron_swift.data.progress import Progress
 from megatron_swift.data.readers import Stamp, changed
 from megatron_swift.data.registry import Identity
 from megatron_swift.data.report import Part, Report
-from megatron_swift.data.sources import UNWANTED, Source, Table
+from megatron_swift.data.sources import Source, Table
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.workers import map_in_order
@@ -49,15 +57,7 @@ class Builder:
     ) -> None:
         self.options, self.sources, self.val_sources, self.stamps = options, sources, val_sources, stamps
         self.report = Report()
-        self.encode = partial(
-            encode_many,
-            template,
-            tokenizer,
-            max_length=options.max_length,
-            truncation="delete" if options.truncation == "raise" else options.truncation,  # we know the line: we raise
-            loss_scale=options.loss_scale,
-            system=options.system,
-        )
+        self.encode = encoder(options, template, tokenizer)
 
     def build(self, staging: Path) -> None:
         options, report = self.options, self.report
@@ -128,12 +128,9 @@ class Builder:
         """Count what is left out, or raise for the first of them where the options say so."""
         for fault in faults:
             text = f"{self.rows.where(fault.number)}: {fault.text}"
-            if fault.kind == OVER_LENGTH:
-                if self.options.truncation == "raise":
-                    do = "raise --max_length, or set --truncation_strategy to delete, left, right or split"
-                    raise DataError(text, do=do)
-            elif self.options.strict and fault.kind != UNWANTED:
-                raise DataError(text, do=f"{fault.do}; or {SKIP_HINT}" if fault.do else SKIP_HINT)
+            do = refusal(fault, self.options, skip=SKIP_HINT)
+            if do is not None:
+                raise DataError(text, do=do)
             self.report.leave_out(fault.kind, text)
 
     def _count_chosen(self, train: Index, val: Index) -> None:

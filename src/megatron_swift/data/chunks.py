@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_swift.data.encode import OverLength
+from megatron_swift.data.encode import OverLength, encode_many
 from megatron_swift.data.messages import RowError, to_conversation
-from megatron_swift.data.sources import Table
+from megatron_swift.data.options import DataOptions
+from megatron_swift.data.sources import UNWANTED, Table
+from megatron_swift.data.template import Template
+from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import IGNORE, Conversation, Sample
 from megatron_swift.utils.errors import DataError
 
 OVER_LENGTH = "longer than max_length"
 
 Index = np.ndarray  # int32 or int64 [rows]: numbers of rows, counted through all tables
+Encode = Callable[[Sequence[Conversation]], list[list[Sample] | DataError]]
 
 
 class Rows:
@@ -91,23 +96,55 @@ def find_faults(rows: Rows, numbers: Index | range) -> list[Fault]:
     return faults
 
 
-def encode_chunk(rows: Rows, encode: Callable[[list[Conversation]], list[Any]], numbers: Index) -> Encoded:
+def encoder(options: DataOptions, template: Template, tokenizer: Tokenizer) -> Encode:
+    """`encode_many` as the options say; where a row that is too long is an error it is found here and raised by who knows its line."""
+    return partial(
+        encode_many,
+        template,
+        tokenizer,
+        max_length=options.max_length,
+        truncation="delete" if options.truncation == "raise" else options.truncation,
+        loss_scale=options.loss_scale,
+        system=options.system,
+    )
+
+
+def encode_rows(
+    rows: Iterable[tuple[int, Callable[[], Conversation]]], encode: Encode
+) -> tuple[list[tuple[int, list[Sample]]], list[Fault]]:
+    """The samples of each row, with its number, and the rows that give none: those that cannot be read, then the others."""
     faults: list[Fault] = []
     read: list[tuple[int, Conversation]] = []
-    for number in numbers.tolist():
+    for number, make in rows:
         try:
-            read.append((number, rows.read(number)))
-        except RowError as error:  # the row was checked, but a user's fixup may be fickle
+            read.append((number, make()))
+        except RowError as error:
             faults.append(Fault.of(number, error))
-    kept: list[int] = []
-    samples: list[Sample] = []
+    found: list[tuple[int, list[Sample]]] = []
     for (number, _), outcome in zip(read, encode([conversation for _, conversation in read]), strict=True):
         if isinstance(outcome, DataError):
             kind = OVER_LENGTH if isinstance(outcome, OverLength) else re.sub(r"\d+", "N", outcome.what)
             faults.append(Fault(number, kind, outcome.what, outcome.do))
         else:
-            kept += [number] * len(outcome)
-            samples += outcome
+            found.append((number, outcome))
+    return found, faults
+
+
+def refusal(fault: Fault, options: DataOptions, *, skip: str) -> str | None:
+    """What to do about a row that the options do not allow to be left out; None where they do. skip: how it could be."""
+    if fault.kind == OVER_LENGTH:
+        allowed = options.truncation != "raise"
+        return None if allowed else "raise --max_length, or set --truncation_strategy to delete, left, right or split"
+    if not options.strict or fault.kind == UNWANTED:
+        return None
+    return f"{fault.do}; or {skip}" if fault.do else skip
+
+
+def encode_chunk(rows: Rows, encode: Encode, numbers: Index) -> Encoded:
+    """The chunk with these rows. They were checked, but a user's fixup may be fickle."""
+    found, faults = encode_rows(((number, partial(rows.read, number)) for number in numbers.tolist()), encode)
+    kept = [number for number, samples in found for _ in samples]
+    samples = [sample for _, samples in found for sample in samples]
     lengths = np.array([len(sample.ids) for sample in samples], np.int64)
     ids = np.concatenate([np.zeros(0, np.int32), *(sample.ids for sample in samples)])
     labels = np.concatenate([np.zeros(0, np.int32), *(sample.labels for sample in samples)])

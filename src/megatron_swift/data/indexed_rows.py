@@ -6,8 +6,6 @@ length - 1: every token of a document but its first is predicted once. Documents
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_swift.data.blocks import ends_hash
 from megatron_swift.data.indexed import IndexedFile, files_of
 from megatron_swift.data.order import permutation
+from megatron_swift.data.stamps import ends_hash, hash_values
 from megatron_swift.data.types import Sample
 from megatron_swift.utils.errors import DataError, UsageError
 from megatron_swift.utils.log import get_logger
@@ -213,8 +211,7 @@ def open_indexed(blend: Blend, *, length: int, val_ratio: float, seed: int, shuf
     files = [cut.file for cut in train.cuts]
     seen = [[file.dtype.str, len(file), *(ends_hash(path) for path in files_of(file.prefix))] for file in files]
     parts = [INDEXED_VERSION, seen, blend.weights, length, val_ratio, seed, shuffle]
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
-    return Indexed(train, val, f"indexed-{digest}", tuple((file.prefix, len(file)) for file in files))
+    return Indexed(train, val, f"indexed-{hash_values(parts)}", tuple((file.prefix, len(file)) for file in files))
 
 
 def _num_rows(file: IndexedFile, share: float, length: int) -> int:

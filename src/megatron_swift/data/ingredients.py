@@ -13,6 +13,7 @@ import tokenizers
 from megatron_swift.data.cache import Damaged, read_checked
 from megatron_swift.data.options import DataOptions
 from megatron_swift.data.sources import Source
+from megatron_swift.data.stamps import hash_values
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
 
@@ -66,7 +67,7 @@ def list_ingredients(
 
 def key_of(ingredients: dict[str, Any]) -> str:
     """The name of the cache entry."""
-    return hashlib.blake2b(json.dumps(ingredients["values"], sort_keys=True).encode(), digest_size=12).hexdigest()
+    return hash_values(ingredients["values"])
 
 
 def explain_miss(cache_dir: Path, ingredients: dict[str, Any]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,22 +12,23 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from megatron_swift.data.blocks import ends_hash
 from megatron_swift.data.cache import build_once, default_cache_dir
 from megatron_swift.data.choice import choose
-from megatron_swift.data.chunks import OVER_LENGTH, Fault, Index, Rows, conversation_json, encode_chunk
-from megatron_swift.data.encode import encode_many
+from megatron_swift.data.chunks import Fault, Index, Rows, conversation_json, encode_chunk, encoder, refusal
+from megatron_swift.data.ingredients import OPTIONS
 from megatron_swift.data.messages import RowError
 from megatron_swift.data.options import DataOptions, check_options
 from megatron_swift.data.readers import Spans, TextFile
 from megatron_swift.data.registry import Identity
-from megatron_swift.data.sources import UNWANTED, Source, Table
+from megatron_swift.data.sources import Source, Table
+from megatron_swift.data.stamps import ends_hash, hash_values
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Sample
 from megatron_swift.utils.errors import DataError
 from megatron_swift.utils.log import get_logger
 
 LAZY_VERSION = 1  # raise it when the same input gives other rows
+SKIP_HINT = "use --strict false to have the next row in its place"
 SAID = 3  # rows replaced by others that are shown, for each process
 
 
@@ -75,15 +74,7 @@ class LazyRows:
         self.rows, self.numbers, self.options, self.tokenizer = rows, numbers, options, tokenizer
         self.replaced = 0
         assert not isinstance(options.template, str)
-        self._encode = partial(
-            encode_many,
-            options.template,
-            tokenizer,
-            max_length=options.max_length,
-            truncation="delete" if options.truncation == "raise" else options.truncation,
-            loss_scale=options.loss_scale,
-            system=options.system,
-        )
+        self._encode = encoder(options, options.template, tokenizer)
 
     def __len__(self) -> int:
         return len(self.numbers.array)
@@ -100,10 +91,9 @@ class LazyRows:
 
     def _note(self, fault: Fault) -> None:
         text = f"{self.rows.where(fault.number)}: {fault.text}"
-        over_length = fault.kind == OVER_LENGTH
-        if self.options.truncation == "raise" if over_length else self.options.strict and fault.kind != UNWANTED:
-            hint = "" if over_length else "; or use --strict false to have the next row in its place"
-            raise DataError(text, do=f"{fault.do}{hint}")
+        do = refusal(fault, self.options, skip=SKIP_HINT)
+        if do is not None:
+            raise DataError(text, do=do)
         self.replaced += 1
         if self.replaced <= SAID:
             more = ", …" if self.replaced == SAID else ""
@@ -176,17 +166,13 @@ def _write(texts: Mapping[str, TextFile], chosen: Mapping[str, Index], folder: P
 
 
 def _fingerprint(options: DataOptions, tokenizer: Tokenizer, sources: Sequence[Source]) -> str:
-    names = [
-        *("split_dataset_ratio", "data_seed", "dataset_shuffle", "val_dataset_shuffle", "strict", "model_name"),
-        *("model_author", "system", "max_length", "truncation", "loss_scale", "interleave_prob", "stopping_strategy"),
-    ]
     parts = {
         "lazy": LAZY_VERSION,
         "files": [[path.suffix.lower(), *ends_hash(path)] for source in sources for path in source.paths],
         "sets": [[source.request.limit, [subset.name for _, subset in source.parts]] for source in sources],
         "tokenizer": [tokenizer.fingerprint(), tokenizers.__version__],
-        "options": {name: getattr(options, name) for name in names},
+        "options": {name: getattr(options, name) for name in OPTIONS if name != "packing"},
         "template": repr(options.template),
         "columns": sorted(options.columns.items()),
     }
-    return "lazy-" + hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return f"lazy-{hash_values(parts)}"

@@ -208,6 +208,14 @@ def _from_hub(
     return _in_folder(folder, entry, subsets, said)
 
 
+def fixed(fixup: Fixup, row: Row, identity: Identity) -> Row:
+    """The row with its fixup; RowError where it is malformed, or of kind UNWANTED."""
+    found = fixup(row, identity)
+    if found is None:
+        raise RowError(UNWANTED)
+    return found
+
+
 class Table:
     """The rows of one data set string, read one by one. May be sent to another process."""
 
@@ -235,10 +243,7 @@ class Table:
     def read(self, index: int) -> Row:
         """Row `index` with its fixup; RowError where it is malformed, or of kind UNWANTED."""
         file, fixup, local = self._find(index)
-        row = fixup(file.read(local), self.identity)
-        if row is None:
-            raise RowError(UNWANTED)
-        return row
+        return fixed(fixup, file.read(local), self.identity)
 
     def where(self, index: int) -> str:
         """`file.jsonl:12`, or `file.json[11]` for an element of an array."""

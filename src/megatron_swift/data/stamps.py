@@ -10,13 +10,16 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_swift.utils.errors import DataError
 
 SETTLED = (
     2_000_000_000  # ns: a file written later than this before it is hashed could change again within its clock's tick
 )
+
+
+END = 1 << 16  # bytes of a file's beginning and end that `ends_hash` sees
 
 
 class Stamp(NamedTuple):
@@ -71,6 +74,21 @@ def hash_files(paths: Sequence[Path], *, remembered: Path | None = None) -> str:
     if memory is not None and found != known:
         _remember(memory, found)
     return total.hexdigest()
+
+
+def hash_values(values: Any) -> str:
+    """A hash of plain values: 24 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def ends_hash(path: Path) -> tuple[int, str]:
+    """Bytes of a file, and a hash of its beginning and end: cheap for a file of any size, and blind to what is changed in between."""
+    size = Stamp.of(path).size
+    with path.open("rb") as file:
+        ends = hashlib.blake2b(file.read(END), digest_size=16)
+        file.seek(max(size - END, 0))
+        ends.update(file.read(END))
+    return size, ends.hexdigest()
 
 
 def _full_stamp(path: Path) -> list[int]:

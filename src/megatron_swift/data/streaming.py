@@ -7,24 +7,23 @@ worker processes, and where a lane stands is a handful of numbers.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
-from megatron_swift.data.blocks import Blocks, Item, cut, ends_hash
-from megatron_swift.data.encode import LossScale, OverLength, Truncation, encode_many
-from megatron_swift.data.interleave import check_probabilities
-from megatron_swift.data.messages import RowError, to_conversation
+from megatron_swift.data.blocks import Blocks, Item, cut
+from megatron_swift.data.chunks import Fault, encode_rows, encoder, refusal
+from megatron_swift.data.messages import to_conversation
+from megatron_swift.data.options import DataOptions, check_options
 from megatron_swift.data.order import permutation
 from megatron_swift.data.packing import pack
 from megatron_swift.data.registry import Fixup, Identity
-from megatron_swift.data.sources import UNWANTED, Source
-from megatron_swift.data.template import Template
+from megatron_swift.data.sources import UNWANTED, Source, fixed
+from megatron_swift.data.stamps import ends_hash, hash_values
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Conversation, Sample
 from megatron_swift.utils.errors import DataError
@@ -34,29 +33,8 @@ STREAM_VERSION = 1  # raise it when the same input gives other rows
 BLOCKS_PER_LANE = 8  # at least, where the files are long enough
 FIRST_WINDOW = 64  # rows of a lane's first window, doubled from one to the next, so that training can begin soon
 WINDOW_BYTES = 1 << 24  # of text: a window ends there, however few its rows
+SKIP_HINT = "use --strict false to leave such rows out"
 SAID = 3  # rows left out that are shown, for each lane's process
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamOptions:
-    """How rows become samples and packs. The user's names; see the parameter list for their meaning.
-
-    window : rows that each lane holds to shuffle and to pack, its first windows aside, which are smaller.
-    """
-
-    template: Template
-    system: str | None
-    max_length: int | None
-    truncation: Truncation
-    loss_scale: LossScale
-    packing: bool
-    strict: bool
-    columns: tuple[tuple[str, str], ...]
-    identity: Identity
-    seed: int
-    shuffle: bool
-    window: int
-    probabilities: tuple[float, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +42,14 @@ class Stream:
     """All that a rank needs in order to read its lanes. May be sent to another process.
 
     sets        : the data sets to draw from; one that holds all of them where no probabilities are given.
+    window      : rows that each lane holds to shuffle and to pack, its first windows aside, which are smaller.
     fingerprint : of data, options and number of lanes.
     """
 
     sets: tuple[Blocks, ...]
     tokenizer: Tokenizer
-    options: StreamOptions
+    options: DataOptions
+    window: int
     lanes: int
     fingerprint: str
 
@@ -79,33 +59,43 @@ class Stream:
         return sum(part.stamp.size for blocks in self.sets for part in blocks.parts)
 
 
-def open_stream(sources: Sequence[Source], tokenizer: Tokenizer, options: StreamOptions, *, lanes: int) -> Stream:
+def open_stream(
+    sources: Sequence[Source], tokenizer: Tokenizer, options: DataOptions, *, window: int, lanes: int
+) -> Stream:
     """The stream over these files. Reads nothing but their sizes, and the files that are no lines of text."""
-    if options.probabilities is not None:
-        check_probabilities(options.probabilities, len(sources))
-    groups = [list(sources)] if options.probabilities is None else [[source] for source in sources]
+    check_options(options)
+    groups = [list(sources)] if options.interleave_prob is None else [[source] for source in sources]
     sets = tuple(cut(group, at_least=BLOCKS_PER_LANE * lanes) for group in groups)
     for group, blocks in zip(groups, sets, strict=True):
         if not len(blocks):
             names = " ".join(source.request.value for source in group)
             raise DataError(f"--dataset {names} has no usable row", why="it is empty")
-    fingerprint = _fingerprint(sets, tokenizer, options, lanes)
-    return Stream(sets=sets, tokenizer=tokenizer, options=options, lanes=lanes, fingerprint=fingerprint)
+    fingerprint = _fingerprint(sets, tokenizer, options, window, lanes)
+    return Stream(sets=sets, tokenizer=tokenizer, options=options, window=window, lanes=lanes, fingerprint=fingerprint)
 
 
-def _fingerprint(sets: Sequence[Blocks], tokenizer: Tokenizer, options: StreamOptions, lanes: int) -> str:
+def _fingerprint(sets: Sequence[Blocks], tokenizer: Tokenizer, options: DataOptions, window: int, lanes: int) -> str:
     parts = [part for blocks in sets for part in blocks.parts]
-    files = [[part.path.suffix.lower(), part.stop, *ends_hash(part.path)] for part in parts]
-    known = {name: value for name, value in asdict(options).items() if name not in ("template", "identity")}
-    all_of_it = {
+    names = ("system", "max_length", "truncation", "loss_scale", "packing", "strict")
+    known = {
+        **{name: getattr(options, name) for name in names},
+        "template": repr(options.template),
+        "identity": repr(Identity(options.model_name, options.model_author)),
+        "columns": list(options.columns.items()),
+        "seed": options.data_seed,
+        "shuffle": options.dataset_shuffle,
+        "probabilities": options.interleave_prob,
+        "window": window,
+    }
+    everything = {
         "stream": STREAM_VERSION,
-        "files": files,
+        "files": [[part.path.suffix.lower(), part.stop, *ends_hash(part.path)] for part in parts],
         "sizes": [[blocks.size, blocks.rows, blocks.starts] for blocks in sets],
         "tokenizer": [tokenizer.fingerprint(), tokenizers.__version__],
-        "options": known | {"template": repr(options.template), "identity": repr(options.identity)},
+        "options": known,
         "lanes": lanes,
     }
-    return "stream-" + hashlib.blake2b(json.dumps(all_of_it, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return f"stream-{hash_values(everything)}"
 
 
 class Ref(NamedTuple):
@@ -158,9 +148,14 @@ class Lane:
 
     def __init__(self, stream: Stream, number: int, place: Place | None = None) -> None:
         self.stream, self.number, self.options = stream, number, stream.options
+        assert not isinstance(self.options.template, str)
+        self._encoder = encoder(self.options, self.options.template, stream.tokenizer)
+        self._identity = Identity(self.options.model_name, self.options.model_author)
+        self._columns = tuple(self.options.columns.items())
         self.place = place or Place(0, 0, ((0, 0),) * len(stream.sets), ())
         self.left_out = 0
         self._packs: list[list[_Kept]] | None = None
+        self._readers: list[_Reader] = []
 
     def __next__(self) -> list[Sample]:
         """The samples of the next row. DataError names file and line of a row that is malformed, where rows must not be."""
@@ -174,15 +169,15 @@ class Lane:
             self._open_window(self._after, self._over)
         assert self._packs is not None
         row = self._packs[self.place.next]
-        self.place = Place(**{**self.place.__dict__, "next": self.place.next + 1})
+        self.place = replace(self.place, next=self.place.next + 1)
         return [kept.sample for kept in row]
 
     def _open_window(self, place: Place, held: list[_Kept]) -> None:
         """Read, encode and pack the window that begins at `place`, and note where the one after it does."""
         rows, draws, at = self._read(place)
         fresh = self._encode(rows)
-        if self.options.shuffle:
-            order = permutation(len(fresh), self.options.seed, 0, self.number, place.window)
+        if self.options.dataset_shuffle:
+            order = permutation(len(fresh), self.options.data_seed, 0, self.number, place.window)
             fresh = [fresh[index] for index in order]
         everything, self._over = [*held, *fresh], []
         self._packs = [[kept] for kept in everything]
@@ -198,63 +193,49 @@ class Lane:
 
     def _read(self, place: Place) -> tuple[list[tuple[Ref, Item, Fixup]], int, tuple[tuple[int, int], ...]]:
         """The window's rows, and how many draws and which rows are behind it then."""
-        readers = [_Reader(self, number, at) for number, at in enumerate(place.at)]
+        if [reader.at for reader in self._readers] != list(place.at):  # else they stand in the middle of their blocks
+            self._readers = [_Reader(self, number, at) for number, at in enumerate(place.at)]
         rows: list[tuple[Ref, Item, Fixup]] = []
         draws, size = place.draws, 0
-        wanted = min(self.options.window, FIRST_WINDOW << min(place.window, 32))
+        wanted = min(self.stream.window, FIRST_WINDOW << min(place.window, 32))
         while len(rows) < wanted and size < WINDOW_BYTES:
-            row = next(readers[self._draw(draws)])
+            row = next(self._readers[self._draw(draws)])
             draws += 1
             size += row[1].size
             rows.append(row)
-        return rows, draws, tuple(reader.at for reader in readers)
+        return rows, draws, tuple(reader.at for reader in self._readers)
 
     def _draw(self, number: int) -> int:
         """Which data set gives the lane's row `number`: a function of seed, lane and number."""
-        probabilities = self.options.probabilities
+        probabilities = self.options.interleave_prob
         if probabilities is None:
             return 0
-        raw = np.random.PCG64(np.random.SeedSequence([self.options.seed, 1, self.number, number])).random_raw()
+        raw = np.random.PCG64(np.random.SeedSequence([self.options.data_seed, 1, self.number, number])).random_raw()
         return min(int(np.searchsorted(np.cumsum(probabilities), raw / 2.0**64, side="right")), len(probabilities) - 1)
 
     def _encode(self, rows: Sequence[tuple[Ref, Item, Fixup]]) -> list[_Kept]:
         """The samples of the rows; what cannot be used is left out, or raised where rows must be good."""
-        options = self.options
-        read: list[tuple[Ref, Item, Conversation]] = []
-        for ref, item, fixup in rows:
-            try:
-                row = fixup(item.make(), options.identity)
-                if row is not None:
-                    read.append((ref, item, to_conversation(row, columns=options.columns)))
-            except RowError as error:
-                self._leave_out(item, str(error), error.do, kind=error.kind)
-        outcomes = encode_many(
-            options.template,
-            self.stream.tokenizer,
-            [conversation for _, _, conversation in read],
-            max_length=options.max_length,
-            truncation="delete" if options.truncation == "raise" else options.truncation,
-            loss_scale=options.loss_scale,
-            system=options.system,
-        )
-        found: list[_Kept] = []
-        for (ref, item, _), outcome in zip(read, outcomes, strict=True):
-            if isinstance(outcome, DataError):
-                self._leave_out(item, outcome.what, outcome.do, over_length=isinstance(outcome, OverLength))
-            else:
-                found += [_Kept(ref._replace(piece=piece), sample) for piece, sample in enumerate(outcome)]
-        return found
+        found, faults = encode_rows(enumerate(partial(self._conversation, *row[1:]) for row in rows), self._encoder)
+        for fault in faults:
+            if fault.kind != UNWANTED:
+                self._leave_out(rows[fault.number][1], fault)
+        return [
+            _Kept(rows[number][0]._replace(piece=piece), sample)
+            for number, samples in found
+            for piece, sample in enumerate(samples)
+        ]
 
-    def _leave_out(self, item: Item, what: str, do: str, *, kind: str = "", over_length: bool = False) -> None:
-        if kind == UNWANTED:
-            return
-        refused = self.options.truncation == "raise" if over_length else self.options.strict
-        if refused:
-            hint = "" if over_length else "; or use --strict false to leave such rows out"
-            raise DataError(f"{item.where()}: {what}", do=f"{do}{hint}")
+    def _conversation(self, item: Item, fixup: Fixup) -> Conversation:
+        return to_conversation(fixed(fixup, item.make(), self._identity), columns=self._columns)
+
+    def _leave_out(self, item: Item, fault: Fault) -> None:
+        do = refusal(fault, self.options, skip=SKIP_HINT)
+        if do is not None:
+            raise DataError(f"{item.where()}: {fault.text}", do=do)
         self.left_out += 1
         if self.left_out <= SAID:
-            get_logger().warning("left out %s: %s%s", item.where(), what, ", …" if self.left_out == SAID else "")
+            more = ", …" if self.left_out == SAID else ""
+            get_logger().warning("left out %s: %s%s", item.where(), fault.text, more)
 
     def _again(self, refs: Sequence[Ref]) -> list[_Kept]:
         """The samples of these places, read anew."""
@@ -301,8 +282,8 @@ class _Reader:
         """
         options = self.lane.options
         epoch, index = divmod(turn * self.lane.stream.lanes + self.lane.number, len(self.blocks))
-        if not options.shuffle:
+        if not options.dataset_shuffle:
             return (index + epoch) % len(self.blocks)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, permutation(len(self.blocks), options.seed, 2, epoch)
+            self._order = epoch, permutation(len(self.blocks), options.data_seed, 2, epoch)
         return int(self._order[1][index])
