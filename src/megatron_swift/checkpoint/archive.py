@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_swift.utils.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, lengths of the name and of the extra field
-_DTYPES = {
+STORAGES = {
     "FloatStorage": torch.float32,
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,
@@ -103,7 +103,7 @@ def _read(path: Path, *, placed: bool) -> Any:
         order = _content(archive, names["byteorder"]) if "byteorder" in names else b"little"
         if order.decode() != sys.byteorder:
             raise ValueError(f"its byte order is {order!r}")
-        places = {name: (_start(file, info), info.file_size) for name, info in names.items() if name[:5] == "data/"}
+        places = {name: (data_start(file, info), info.file_size) for name, info in names.items() if name[:5] == "data/"}
         content = _content(archive, names["data.pkl"])
     return _Unpickler(content, path, places, placed=placed).load()
 
@@ -113,13 +113,13 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed")
     assert archive.fp is not None
-    start = _start(archive.fp, info)
+    start = data_start(archive.fp, info)
     archive.fp.seek(start)
     return archive.fp.read(info.file_size)
 
 
-def _start(file: Any, info: zipfile.ZipInfo) -> int:
-    """The first byte of a member's data."""
+def data_start(file: Any, info: zipfile.ZipInfo) -> int:
+    """The first byte of an uncompressed member's data. ValueError where it does not lie there."""
     file.seek(info.header_offset)
     magic, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     if magic != b"PK\3\4" or info.compress_type != zipfile.ZIP_STORED:
@@ -136,7 +136,7 @@ class _Unpickler(pickle.Unpickler):
         self._twins: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
+        if module == "torch" and name in STORAGES:
             return name
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
@@ -160,9 +160,9 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Place:
         kind, storage, key, _, numel = pid
-        if kind != "storage" or storage not in _DTYPES or type(numel) is not int:
+        if kind != "storage" or storage not in STORAGES or type(numel) is not int:
             raise pickle.UnpicklingError("no storage")
-        (start, length), dtype = self.places[f"data/{key}"], _DTYPES[storage]
+        (start, length), dtype = self.places[f"data/{key}"], STORAGES[storage]
         if numel * dtype.itemsize > length or start + length > self.size:
             raise pickle.UnpicklingError(f"storage {key} is cut off")
         return _Place(dtype, start, numel)

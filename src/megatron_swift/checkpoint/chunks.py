@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import struct
 import sys
 import zipfile
 from collections import OrderedDict
@@ -19,19 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_swift.checkpoint.archive import STORAGES, data_start
 from megatron_swift.checkpoint.stored import long_axis
-
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, lengths of the name and of the extra field
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 
 
 class _Part(io.RawIOBase):
@@ -132,17 +120,7 @@ def _find(part: _Part) -> _Record | None:
             return None
         if not found.plain or values.file_size != math.prod(found.size) * found.dtype.itemsize:
             return None
-        return _Record(found.dtype, found.size, _data_start(part, values))
-
-
-def _data_start(part: _Part, info: zipfile.ZipInfo) -> int:
-    header = bytearray(_LOCAL_HEADER.size)
-    part.seek(info.header_offset)
-    part.readinto(header)
-    magic, name, extra = _LOCAL_HEADER.unpack(header)
-    if magic != b"PK\3\4":
-        raise zipfile.BadZipFile("a header is damaged")
-    return info.header_offset + _LOCAL_HEADER.size + int(name) + int(extra)
+        return _Record(found.dtype, found.size, data_start(part, values))
 
 
 def _content(part: _Part, info: zipfile.ZipInfo) -> bytes:
@@ -150,7 +128,7 @@ def _content(part: _Part, info: zipfile.ZipInfo) -> bytes:
     if info.compress_type != zipfile.ZIP_STORED:
         return b""
     data = bytearray(info.file_size)
-    part.seek(_data_start(part, info))
+    part.seek(data_start(part, info))
     part.readinto(data)
     return bytes(data)
 
@@ -186,7 +164,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _rebuilt(*args),
             ("collections", "OrderedDict"): OrderedDict,
         }
-        if module == "torch" and name in _STORAGES:
+        if module == "torch" and name in STORAGES:
             return name
         if (module, name) in known:
             return known[module, name]
@@ -194,6 +172,6 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage, key, _, numel = pid
-        if kind != "storage" or key != "0" or storage not in _STORAGES:
+        if kind != "storage" or key != "0" or storage not in STORAGES:
             raise pickle.UnpicklingError("no plain storage")
-        return _Storage(_STORAGES[storage], numel)
+        return _Storage(STORAGES[storage], numel)
