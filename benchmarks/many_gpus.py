@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu import COMMON, DENSE, FULL, MOE, fill, release
+from gpu import DENSE, FULL, MOE, fill, release
 
 from megatron_swift.checkpoint.initial import InitialWeights
 from megatron_swift.checkpoint.layout import tensor_specs
@@ -53,18 +53,14 @@ from megatron_swift.train.step import train_step
 WARM_UP = 2
 BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2}
 SP = {"sequence_parallel": True}
-DENSE_14B = ModelConfig(
+DENSE_14B = DENSE.replace(
     num_layers=48,
     hidden_size=5120,
     ffn_hidden_size=13824,
     num_attention_heads=40,
     num_query_groups=8,
-    kv_channels=128,
     vocab_size=152064,
-    rotary_base=1e6,
     tied_embeddings=False,
-    qkv_bias=True,
-    **COMMON,
 )
 
 
@@ -79,7 +75,7 @@ def small(*, moe: bool) -> ModelConfig:
         sparse_layers=(True,) * 5,
         aux_loss_coeff=0.01,
     )
-    return ModelConfig(
+    return DENSE.replace(
         num_layers=5,
         hidden_size=256,
         ffn_hidden_size=512,
@@ -87,11 +83,8 @@ def small(*, moe: bool) -> ModelConfig:
         num_query_groups=4,
         kv_channels=64,
         vocab_size=1009,
-        rotary_base=1e6,
         tied_embeddings=not moe,
-        qkv_bias=True,
         moe=experts if moe else None,
-        **COMMON,
     )
 
 

@@ -47,6 +47,7 @@ def train(**changes) -> SftArguments:
         ({"fp16": True, "bf16": True}, "--fp16 true and --bf16 true", ""),
         ({"deterministic_mode": True, "use_flash_attn": True}, "excludes --use_flash_attn true", ""),
         ({"deterministic_mode": True, "attention_backend": "flash"}, "excludes --attention_backend flash", ""),
+        ({"deterministic_mode": True, "attention_backend": "cudnn"}, "excludes --attention_backend cudnn", ""),
         ({"deterministic_mode": True, "cross_entropy_loss_fusion": True}, "excludes --cross_entropy_loss_fusion", ""),
         ({"recompute_granularity": "full"}, "needs --recompute_method", "uniform"),
         ({"recompute_granularity": "full", "recompute_method": "block"}, "needs --recompute_num_layers", ""),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Result, _rank, contents, differences
+from runs import WORDS, Result, _rank, contents, differences
 
 from megatron_swift.args.commands import (
     ExportArguments,
@@ -54,25 +54,7 @@ def tokenizer(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("d") / "texts.jsonl"
-    words = [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "is",
-        "you",
-        "that",
-        "it",
-        "for",
-        "was",
-        "are",
-        "with",
-        "as",
-        "his",
-        "they",
-    ]
-    rows = [{"text": " ".join(words[(i * 5 + j) % 16] for j in range(5 + 37 * i % 150))} for i in range(40)]
+    rows = [{"text": " ".join(WORDS[(i * 5 + j) % 16] for j in range(5 + 37 * i % 150))} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -157,6 +139,7 @@ REFUSED = {
     "--group_query_attention false": "contradicts --num_query_groups 2",
     "--num_query_groups 3": "not a multiple",
     "--attention_dropout 0.1 --attention_backend flash": "excludes --attention_backend flash",
+    "--attention_dropout 0.1 --attention_backend cudnn": "excludes --attention_backend cudnn",
     "--moe_router_topk 2": "needs --num_experts",
     '--rope_scaling {"rope_type":"llama3"}': "needs factor",
     '--rope_scaling {"rope_type":"dynamic"}': "is not one of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_swift.args.commands import TrainArguments
+from megatron_swift.args.training_params import asked_kernel
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.log import get_logger
 
@@ -48,10 +49,10 @@ def check_flags(args: TrainArguments) -> None:
 def _dropout(args: TrainArguments) -> None:
     if not args.attention_dropout:
         return
-    flash = "--use_flash_attn true" if args.use_flash_attn else f"--attention_backend {args.attention_backend}"
-    if args.use_flash_attn or args.attention_backend in ("flash", "fused"):
+    kernel, flag = asked_kernel(args)
+    if kernel in ("flash", "cudnn", "fused"):
         raise UsageError(
-            f"--attention_dropout {args.attention_dropout:g} excludes {flash}",
+            f"--attention_dropout {args.attention_dropout:g} excludes {flag}",
             why="a fused kernel drops other weights on each layout; attention is written out",
             do="leave one of the two out",
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_swift.args.commands import ExportArguments, InferArguments, TrainArguments
 from megatron_swift.args.indexed_rules import check_data_source
 from megatron_swift.args.stream_rules import check_streaming
+from megatron_swift.args.training_params import asked_kernel
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.log import get_logger
 
@@ -383,10 +384,11 @@ def _precision(args: TrainArguments) -> None:
 def _deterministic(args: TrainArguments) -> None:
     if not args.deterministic_mode:
         return
-    flash = "--attention_backend flash" if args.attention_backend == "flash" else ""
-    flash = "--use_flash_attn true" if args.use_flash_attn else flash
-    flash = "--attention_backend cudnn" if args.attention_backend == "cudnn" else flash
-    for clash in (flash, "--cross_entropy_loss_fusion true" if args.cross_entropy_loss_fusion else ""):
+    kernel, flag = asked_kernel(args)
+    for clash in (
+        flag if kernel in ("flash", "cudnn") else "",
+        "--cross_entropy_loss_fusion true" if args.cross_entropy_loss_fusion else "",
+    ):
         if clash:
             raise UsageError(
                 f"--deterministic_mode true excludes {clash}",

@@ -119,6 +119,13 @@ class TrainingParams(Arguments):
     )
 
 
+def asked_kernel(args: TrainingParams) -> tuple[str, str]:
+    """The attention kernel that is asked for, by attention_backend's names, and the flag that asks for it."""
+    if args.use_flash_attn:
+        return "flash", "--use_flash_attn true"
+    return args.attention_backend, f"--attention_backend {args.attention_backend}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearningRateParams(Arguments):
     group: ClassVar[str] = "Learning rate"

@@ -6,6 +6,7 @@ import torch
 
 from megatron_swift.args.moe_rules import capacity_factor
 from megatron_swift.args.rules import virtual_stages
+from megatron_swift.args.training_params import asked_kernel
 from megatron_swift.checkpoint.weights import TORCH_DTYPES
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.models.routing import RouterOptions
@@ -36,7 +37,7 @@ def engine_options(setup: RunSetup) -> EngineOptions:
     strategy = args.data_parallel_sharding_strategy or ("optim" if args.use_distributed_optimizer else "no_shard")
     return EngineOptions(
         compute_dtype=TORCH_DTYPES[setup.dtype],
-        attention_backend="flash" if args.use_flash_attn else args.attention_backend,
+        attention_backend=asked_kernel(args)[0],
         softmax_in_fp32=args.attention_softmax_in_fp32,
         chunked_cross_entropy=args.cross_entropy_loss_fusion,
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
