@@ -6,13 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.args.data_params import AGENT_TEMPLATES
 from megatron_swift.data.agent import AGENTS, parse_call, parse_tools
 from megatron_swift.data.encode import encode, encode_prompt
 from megatron_swift.data.templates import TEMPLATES, get_template, load_template
-from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import IGNORE, Conversation, Message
 from megatron_swift.utils.errors import DataError
 
@@ -28,11 +26,6 @@ ROW = [
     Message("tool_response", "two"),
     Message("assistant", "XY"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 def marked(sample, tokenizer):

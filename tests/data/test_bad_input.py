@@ -8,17 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.data.prepare import DataOptions, prepare
 from megatron_swift.data.sources import find_source
-from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.utils.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 @pytest.fixture

@@ -24,11 +24,6 @@ ROUNDS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
-
-
-@pytest.fixture(scope="module")
 def bos_tokenizer(tmp_path_factory):
     return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok"), bos="<s>", eos="</s>", adds_bos=True))
 

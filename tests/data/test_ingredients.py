@@ -14,11 +14,6 @@ from megatron_swift.data.prepare import DataOptions, prepare
 from megatron_swift.data.tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
-
-
 def write(path: Path, *answers: str) -> Path:
     path.write_text("".join(json.dumps({"query": "q", "response": answer}) + "\n" for answer in answers))
     return path

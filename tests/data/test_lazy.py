@@ -5,18 +5,11 @@ import pickle
 from pathlib import Path
 
 import pytest
-from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.data.lazy import open_lazy
 from megatron_swift.data.prepare import DataOptions, find_sources, prepare
 from megatron_swift.data.templates import get_template
-from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.utils.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 @pytest.fixture

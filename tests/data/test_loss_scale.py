@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.args.data_params import UNDOCUMENTED as REFUSED
 from megatron_swift.args.data_params import LossScale as Choices
@@ -17,15 +16,9 @@ from megatron_swift.data.encode import encode, encode_many
 from megatron_swift.data.loss_scale import NAMES, UNDOCUMENTED, weigh
 from megatron_swift.data.show import weights_of
 from megatron_swift.data.templates import TEMPLATES, get_template
-from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import IGNORE, Message
 
 CHATML = TEMPLATES["chatml"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 def parts(sample, tokenizer):

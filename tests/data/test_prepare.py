@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.data.interleave import sample, split
 from megatron_swift.data.prepare import DataOptions, Prepared, open_prepared, prepare
@@ -21,11 +20,6 @@ from megatron_swift.data.workers import map_in_order
 from megatron_swift.utils.errors import DataError, UsageError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 @pytest.fixture

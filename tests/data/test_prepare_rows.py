@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.data import build, chunks
 from megatron_swift.data import prepare as module
@@ -18,11 +17,6 @@ from megatron_swift.data.templates import get_template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import IGNORE
 from megatron_swift.utils.errors import DataError, UsageError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 @pytest.fixture

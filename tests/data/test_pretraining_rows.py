@@ -22,11 +22,6 @@ ROUNDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
-
-
 @pytest.fixture
 def pretrain(tmp_path, tokenizer) -> Callable[..., Prepared]:
     def run(*dataset: Path, using: Tokenizer = tokenizer, **values: object) -> Prepared:

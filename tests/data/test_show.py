@@ -1,17 +1,9 @@
 import numpy as np
-import pytest
-from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.data.encode import encode
 from megatron_swift.data.show import render_sample, sample_json
 from megatron_swift.data.templates import TEMPLATES
-from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import IGNORE, Message, Sample
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 def test_marks_what_is_trained(tokenizer):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_tokenizer import write_tokenizer
 
 from megatron_swift.data.blocks import cut
 from megatron_swift.data.loader import Layout, StreamLoader
@@ -16,7 +15,6 @@ from megatron_swift.data.options import DataOptions
 from megatron_swift.data.sources import find_source
 from megatron_swift.data.streaming import Lane, Place, open_stream
 from megatron_swift.data.templates import get_template
-from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.utils.errors import DataError
 
 OPTIONS = DataOptions(
@@ -28,11 +26,6 @@ OPTIONS = DataOptions(
     strict=True,
     data_seed=7,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tok")))
 
 
 def write_rows(path: Path, count: int, *, first: int = 0) -> Path:
