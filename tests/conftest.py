@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from pathlib import Path
 
@@ -30,3 +31,8 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED
+
+
+def pytest_unconfigure() -> None:
+    """An exit that hangs says where, and fails: a process or thread that was left behind has once held CI for an hour."""
+    faulthandler.dump_traceback_later(120, exit=True)

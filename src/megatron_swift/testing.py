@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -206,27 +205,28 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
     that rank's traceback. Results must be picklable.
     """
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = [context.Pipe(duplex=False) for _ in range(num_ranks)]
-        port = _free_port()
-        processes = [
-            context.Process(
-                target=_rank_main, args=(rank, num_ranks, port, folder, [sender for _, sender in pairs], function, args)
-            )
-            for rank in range(num_ranks)
-        ]
+    pairs = [context.Pipe(duplex=False) for _ in range(num_ranks)]
+    held = context.Pipe(duplex=False)
+    port = _free_port()
+    senders = [sender for _, sender in pairs]
+    processes = [
+        context.Process(target=_rank_main, args=(rank, num_ranks, port, senders, held, function, args))
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    for _, sender in pairs:
+        sender.close()
+    try:
+        return _collect([receiver for receiver, _ in pairs], timeout)
+    finally:
         for process in processes:
-            process.start()
-        for _, sender in pairs:
-            sender.close()
-        try:
-            return _collect([receiver for receiver, _ in pairs], timeout)
-        finally:
-            for process in processes:
-                if process.is_alive() and process.pid:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGKILL)
-                process.join()
+            if process.is_alive() and process.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        for end in (*held, *(receiver for receiver, _ in pairs)):
+            end.close()
 
 
 def _free_port() -> int:
@@ -241,12 +241,13 @@ def _rank_main(
     rank: int,
     world: int,
     port: int,
-    folder: str,
     senders: Sequence[Connection],
+    held: tuple[Connection, Connection],
     function: Callable[..., Any],
     args: Sequence[Any],
 ) -> None:
     results = senders[rank]
+    held[1].close()
     for other in senders:
         if other is not results:  # or a rank that dies is not noticed while another one, which waits for it, lives
             other.close()
@@ -256,6 +257,7 @@ def _rank_main(
     )
     try:
         results.send((True, function(rank, *args)))
+        held[0].poll(None)  # rank 0 has the store, which others may still read: all live until the parent ends them
     except BaseException:
         results.send((False, traceback.format_exc()))
     results.close()

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -135,9 +135,24 @@ def test_workers_survive_a_signal_to_the_group(number):
     first = [next(steps), next(steps)]
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, number)
+    subprocess.run(["kill", f"-{int(number)}", *(str(worker.pid) for worker in workers)], check=True)
     assert as_lists([*first, *steps]) == as_lists(make_loader(num_steps=20))
+
+
+def test_a_trainer_that_ends_in_the_middle_takes_its_workers_along():
+    """Python ends what is left over with SIGTERM and waits for it: a worker that ignored it would hold its trainer for ever."""
+    held = []
+
+    def leave() -> None:
+        held.append(iter(make_loader(num_workers=2, num_steps=20, prefetch_factor=1)))
+        next(held[0])
+
+    trainer = multiprocessing.get_context("fork").Process(target=leave)
+    trainer.start()
+    trainer.join(60)
+    code = trainer.exitcode
+    trainer.kill()
+    assert code == 0
 
 
 def evaluate(count: int, **values: object) -> list:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,10 +135,19 @@ def _as_they_are(value: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """A signal to the process group is the trainer's to handle; workers end when it closes their queue or dies."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A signal to the process group is the trainer's to handle; workers end when it closes their queue, dies or says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler ends the worker, whoever sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the threads to come, too
+        threading.Thread(target=_end_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_trainer() -> None:
+    """End at a SIGTERM from the trainer: that is how multiprocessing ends at exit what is left over, and then waits for it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _with_workers(dataset: Dataset, num_workers: int, prefetch_factor: int, **options: Any) -> DataLoader:
