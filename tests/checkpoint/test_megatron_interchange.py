@@ -154,12 +154,11 @@ def differences(model: Path, checkpoint: Path) -> list[str]:
 # Ours to Megatron
 
 LOADS = [
-    *(("0.16", name, "--tp 2") for name in MODELS),
-    *(("0.16", name, "--ep 2" if name in EXPERTS else "--pp 2") for name in MODELS),
-    ("0.16", "qwen2", "--tp 1"),
-    ("0.16", "qwen3", "--tp 2 --pp 2"),
-    *(("0.11", name, "--ep 2" if name in EXPERTS else "--tp 2") for name in MODELS),
+    (version, name, flags)
+    for version, name in itertools.product(VERSIONS, MODELS)
+    for flags in ("--tp 1", "--tp 2", "--pp 2", *(["--ep 2"] if name in EXPERTS else []))
 ]
+LOADS.append(("0.16", "qwen3", "--tp 2 --pp 2"))
 
 
 @pytest.mark.parametrize(("version", "name", "flags"), LOADS)

@@ -29,9 +29,9 @@ warm, flags, room = json.load(sys.stdin)
 for argv in warm:
     export.run(parse(ExportArguments, argv))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-data, rss = (int(status[name].split()[0]) * 1024 for name in ("VmData", "VmRSS"))
+size, rss = (int(status[name].split()[0]) * 1024 for name in ("VmSize", "VmRSS"))
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-resource.setrlimit(resource.RLIMIT_DATA, (data + room, data + room))
+resource.setrlimit(resource.RLIMIT_AS, (size + room, size + room))
 try:
     torch.empty(room + (1 << 20), dtype=torch.uint8)
 except RuntimeError:
