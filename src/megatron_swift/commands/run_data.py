@@ -113,7 +113,7 @@ def _count(rows: AnyRows | None) -> int:
 
 
 def _streamed(args: TrainArguments, options: DataOptions, tokenizer: Tokenizer) -> RunData:
-    sources, _ = find_sources(options)
+    sources, _ = find_sources(options, streaming=True)
     lanes, window = args.global_batch_size, args.shuffle_buffer_size
     stream = open_stream(sources, tokenizer, options, window=window, lanes=lanes)
     one_row = dataclasses.replace(options, packing=False, dataset_shuffle=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -22,6 +23,7 @@ HubName = Literal["ms", "hf"]
 TITLES = {"ms": "ModelScope", "hf": "Hugging Face"}
 PACKAGES = {"ms": "modelscope", "hf": "huggingface_hub"}
 OFFLINE = {"ms": ("MODELSCOPE_OFFLINE",), "hf": ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+TOKENS = {"ms": "MODELSCOPE_API_TOKEN", "hf": "HF_TOKEN"}
 ATTEMPTS, PAUSE = 3, 1.0  # downloads are tried so often, with so many seconds in between
 CARD = "README.md"
 PATTERNS = [*(f"*{suffix}" for suffix in READERS), CARD]  # rows and their description, never code
@@ -48,21 +50,38 @@ class Hub:
             return "hf" if prefix == "hf::" else "ms"
         return "hf" if wants_hugging_face(self.use_hf) else "ms"
 
-    def fetch(self, name: str, hub: HubName, *, flag: str) -> Path:
+    def offline(self, hub: HubName) -> str:
+        """The variable that is set to keep us from asking `hub`, or ""."""
+        return next((variable for variable in OFFLINE[hub] if _is_on(variable)), "")
+
+    def headers(self, hub: HubName) -> dict[str, str]:
+        """What tells `hub` who asks: --hub_token, else the token of its environment variable, else that of its own login."""
+        token = self.token or os.environ.get(TOKENS[hub])
+        stored = _stored_token(hub) if not token else None
+        bearer, session = (token or stored, None) if hub == "hf" else (token, token or stored)
+        return {
+            **({"Authorization": f"Bearer {_checked(bearer)}"} if bearer else {}),
+            **({"Cookie": f"m_session_id={_checked(session)}"} if session else {}),
+        }
+
+    def fetch(
+        self, name: str, hub: HubName, *, flag: str, only: Sequence[str] = (), revision: str | None = None
+    ) -> Path:
         """The folder with the newest files of data set `name`, from the hub's own cache where they are there already.
 
         With the hub's offline variable (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE, MODELSCOPE_OFFLINE) only the cache is
-        asked. DataError where it cannot be had; `flag` is what the user typed.
+        asked. DataError where it cannot be had; `flag` is what the user typed. only: the paths wanted, where not all.
         """
         title = TITLES[hub]
-        offline = next((variable for variable in OFFLINE[hub] if _is_on(variable)), "")
+        offline = self.offline(hub)
+        patterns = [glob.escape(path) for path in only] or PATTERNS
         if offline and self.force:
             raise UsageError(f"--download_mode force_redownload with {offline}=1", do="leave one of the two out")
         other = "add --use_hf true" if hub == "ms" else "leave out --use_hf and USE_HF to ask ModelScope"
         get_logger().info("%s: asking %s%s", flag, title, f"'s cache, because {offline} is set" if offline else "")
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return _download(name, hub, token=self.token, force=self.force, offline=bool(offline))
+                return _download(name, hub, self, patterns=patterns, revision=revision, offline=bool(offline))
             except ImportError:
                 raise UsageError(
                     f"{flag} is neither a file nor a folder, and {title} cannot be asked: "
@@ -87,7 +106,29 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
-def _download(name: str, hub: HubName, *, token: str | None, force: bool, offline: bool) -> Path:
+def _stored_token(hub: HubName) -> str | None:
+    """What the hub's own library knows us by, if it is there."""
+    try:
+        if hub == "hf":
+            from huggingface_hub import get_token
+
+            return get_token()
+        from modelscope.hub.api import ModelScopeConfig
+    except ImportError:
+        return None
+    cookies = ModelScopeConfig.get_cookies() or ()
+    return next((cookie.value for cookie in cookies if cookie.name == "m_session_id"), None)
+
+
+def _checked(token: str) -> str:
+    """The token, if it can be sent; an error of the standard library would show it."""
+    if not re.fullmatch(r"[!-~]+", token.strip()):
+        raise UsageError("the hub's token has characters that no token has", do="check --hub_token; it is not shown")
+    return token.strip()
+
+
+def _download(name: str, hub: HubName, asker: Hub, *, patterns: list[str], revision: str | None, offline: bool) -> Path:
+    token, force = asker.token, asker.force
     if hub == "hf":
         import huggingface_hub
 
@@ -98,14 +139,15 @@ def _download(name: str, hub: HubName, *, token: str | None, force: bool, offlin
                 token=token,
                 force_download=force,
                 local_files_only=offline,
-                allow_patterns=PATTERNS,
+                allow_patterns=patterns,
+                revision=revision,
             )
         )
     import modelscope
 
     def fetch(*, local: bool) -> Path:
         snapshot = modelscope.snapshot_download(
-            repo_id=name, repo_type="dataset", token=token, local_files_only=local, allow_file_pattern=PATTERNS
+            repo_id=name, repo_type="dataset", token=token, local_files_only=local, allow_file_pattern=patterns
         )
         return Path(str(snapshot))
 
@@ -145,7 +187,7 @@ def choose_files(folder: Path, *, subset: str, splits: Sequence[str], flag: str)
     folder or file of that name, and files named after another split than the training split are left out with a
     warning. UsageError for a subset or split that is not there, DataError where there is no file.
     """
-    configs = _card_configs(folder) or _meta_configs(folder)
+    configs = card_configs(folder) or _meta_configs(folder)
     files = _described(folder, configs, subset, splits, flag) if configs else _by_name(folder, subset, splits, flag)
     if not files:
         raise DataError(
@@ -176,7 +218,7 @@ def _described(folder: Path, configs: Configs, subset: str, splits: Sequence[str
     return tuple(path for path in dict.fromkeys(found) if path.suffix.lower() in READERS)
 
 
-def _card_configs(folder: Path) -> Configs:
+def card_configs(folder: Path) -> Configs:
     """The subsets that the header of README.md describes; {} where it describes none."""
     card = folder / CARD
     if not card.is_file() or card.stat().st_size > LARGEST_CARD:

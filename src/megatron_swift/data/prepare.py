@@ -105,8 +105,8 @@ def prepare(options: DataOptions, tokenizer: Tokenizer) -> Prepared:
     return open_prepared(entry.folder)
 
 
-def find_sources(options: DataOptions) -> tuple[list[Source], list[Source]]:
-    """The files behind --dataset and --val_dataset; raises as `find_source` does."""
+def find_sources(options: DataOptions, *, streaming: bool = False) -> tuple[list[Source], list[Source]]:
+    """The files behind --dataset, those at a hub left there if streaming, and behind --val_dataset; raises as `find_source` does."""
     lookup = make_lookup(
         use_hf=options.use_hf,
         hub_token=options.hub_token,
@@ -114,7 +114,7 @@ def find_sources(options: DataOptions) -> tuple[list[Source], list[Source]]:
         custom_dataset_info=options.custom_dataset_info,
         custom_register_path=options.custom_register_path,
     )
-    sources = [find_source(value, lookup=lookup) for value in options.dataset]
+    sources = [find_source(value, lookup=lookup, streaming=streaming) for value in options.dataset]
     val_sources = [find_source(value, lookup=lookup, flag="--val_dataset") for value in options.val_dataset]
     if any(source.needs_identity for source in (*sources, *val_sources)):
         for flag, values in (("model_name", options.model_name), ("model_author", options.model_author)):

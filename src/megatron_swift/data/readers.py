@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from megatron_swift.data.lines import LineFile
 from megatron_swift.data.messages import RowError
 from megatron_swift.data.registry import Row
+from megatron_swift.data.remote import AnyFile, RemoteFile, stamp_of
 from megatron_swift.data.stamps import Stamp, changed
 from megatron_swift.utils.errors import DataError, UsageError
 
@@ -22,6 +23,7 @@ GLANCE = 1 << 12  # bytes of a file's beginning that tell its kind
 SPACE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
 PARQUET_BLOCK = 256  # rows turned into Python values at a time
+PARQUET_BUFFER = 1 << 23  # bytes read ahead of a row group's columns, of all of them together
 
 
 class RowFile(Protocol):
@@ -119,9 +121,12 @@ def open_json(path: Path) -> RowFile:
     """The elements of a JSON array. A file that does not begin with [ is read as lines."""
     with path.open("rb") as file:
         head = file.read(GLANCE)
-    if head.removeprefix(BOM).lstrip(b" \t\r\n")[:1] not in (b"[", b""):
-        return LineFile(path, parse_json)
-    return _open_array(path)
+    return LineFile(path, parse_json) if holds_lines(head) else _open_array(path)
+
+
+def holds_lines(head: bytes) -> bool:
+    """Whether a .json file that begins so is read as lines, not as an array."""
+    return head.removeprefix(BOM).lstrip(b" \t\r\n")[:1] not in (b"[", b"")
 
 
 def _open_array(path: Path) -> RowFile:
@@ -330,30 +335,12 @@ class ParquetFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.stamp = path, Stamp.of(path)
-        metadata = self._open().metadata
-        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        self._ends = np.cumsum([0, *sizes])
+        self._ends = np.cumsum([0, *group_sizes(path)])
         self._forget()
 
     def _forget(self) -> None:
         self._group, self._table = -1, None
         self._block, self._rows = -1, []  # type: tuple[int, list[Row]]
-
-    def _open(self) -> Any:
-        try:
-            import pyarrow as arrow
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise UsageError(
-                f"{self.path} cannot be read: the package pyarrow is not installed",
-                do="pip install 'megatron-swift[parquet]', or convert the file to .jsonl",
-            ) from None
-        try:
-            return parquet.ParquetFile(self.path)
-        except (arrow.ArrowException, OSError) as error:
-            raise DataError(
-                f"{self.path} is not a readable Parquet file", why=str(error), do="fetch it again"
-            ) from error
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -382,11 +369,9 @@ class ParquetFile:
         if Stamp.of(self.path) != self.stamp:
             raise changed(self.path)
         try:
-            return self._open().read_row_group(group)
+            return _open_parquet(self.path).read_row_group(group)
         except OSError as error:  # pyarrow's name for damaged pages, too
-            raise DataError(
-                f"{self.path} is damaged in row group {group}", why=str(error), do="fetch it again"
-            ) from error
+            raise _damaged(self.path, group, error) from error
 
     def close(self) -> None:
         """Drop the row group in memory."""
@@ -395,6 +380,57 @@ class ParquetFile:
     def where(self, index: int) -> str:
         """File and row, counted from 0."""
         return f"{self.path}[{index}]"
+
+
+def _open_parquet(file: AnyFile, **how: Any) -> Any:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UsageError(
+            f"{file} cannot be read: the package pyarrow is not installed",
+            do="pip install 'megatron-swift[parquet]', or convert the file to .jsonl",
+        ) from None
+    source = file.random_access() if isinstance(file, RemoteFile) else file
+    try:
+        return parquet.ParquetFile(source, **how)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not a readable Parquet file", why=str(error), do="fetch it again") from error
+
+
+def _damaged(file: AnyFile, group: int, error: Exception) -> DataError:
+    return DataError(f"{file} is damaged in row group {group}", why=str(error), do="fetch it again")
+
+
+@lru_cache(maxsize=16)
+def _footer(file: AnyFile, stamp: Stamp) -> Any:
+    if stamp_of(file) != stamp:
+        raise changed(file)
+    return _open_parquet(file).metadata
+
+
+def group_sizes(file: AnyFile) -> tuple[int, ...]:
+    """Rows of each row group of a Parquet file, of which nothing but the end is read."""
+    metadata = _footer(file, stamp_of(file))
+    return tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+
+
+def read_group(file: AnyFile, stamp: Stamp, *, group: int, start: int) -> Iterator[Row]:
+    """The rows of a row group from its row `start` on. The group is read from its beginning, as far as rows are asked for, and never held whole."""
+    if stamp_of(file) != stamp:
+        raise changed(file)
+    metadata = _footer(file, stamp)
+    buffer = max(PARQUET_BUFFER // max(metadata.num_columns, 8), GLANCE)
+    opened = _open_parquet(file, metadata=metadata, buffer_size=buffer, pre_buffer=False)
+    try:
+        for batch in opened.iter_batches(batch_size=PARQUET_BLOCK, row_groups=[group], use_threads=False):
+            if start < batch.num_rows:
+                yield from batch.slice(start).to_pylist()
+            start = max(start - batch.num_rows, 0)
+    except OSError as error:
+        raise _damaged(file, group, error) from error
+    finally:
+        opened.close()
 
 
 READERS: dict[str, Callable[[Path], RowFile]] = {
@@ -413,9 +449,12 @@ __all__ = [
     "Stamp",
     "TextFile",
     "changed",
+    "group_sizes",
+    "holds_lines",
     "open_file",
     "parse_csv",
     "parse_json",
     "parse_line",
+    "read_group",
     "split_csv",
 ]

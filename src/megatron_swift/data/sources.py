@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_swift.data.hub import Hub, choose_files
+from megatron_swift.data.hub import Hub, HubName, choose_files
+from megatron_swift.data.listing import list_files
 from megatron_swift.data.messages import RowError
 from megatron_swift.data.plugins import load_plugins
 from megatron_swift.data.readers import READERS, RowFile, open_file
@@ -27,6 +28,7 @@ from megatron_swift.data.registry import (
     find_registered,
     read_dataset_info,
 )
+from megatron_swift.data.remote import AnyFile
 from megatron_swift.utils.errors import DataError, UsageError
 
 UNWANTED = "not wanted by its data set"  # the reason of a row for which a fixup gives None
@@ -104,11 +106,13 @@ class Source(NamedTuple):
 
     parts      : (file, subset) pairs in order; a file is read once for each subset that it holds.
     registered : the entry whose subsets these are, or None.
+    at_hub     : instead of `parts` where the files are left at a hub; some of them may have been fetched all the same.
     """
 
     request: Request
     parts: tuple[tuple[Path, Subset], ...]
     registered: Registered | None
+    at_hub: tuple[tuple[AnyFile, Subset], ...] = ()
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -121,8 +125,10 @@ class Source(NamedTuple):
         return self.registered is not None and self.registered.asset == IDENTITY_ASSET
 
 
-def find_source(value: str, *, lookup: Lookup | None = None, flag: str = "--dataset") -> Source:
-    """The files behind a data set string, fetched from a hub where they are on none of our disks.
+def find_source(
+    value: str, *, lookup: Lookup | None = None, flag: str = "--dataset", streaming: bool = False
+) -> Source:
+    """The files behind a data set string, fetched from a hub where they are on none of our disks; or, streaming, left there.
 
     `flag` is the parameter it was given to, for messages. DataError where there are no files; UsageError for an unknown
     subset, or where the package is missing that could fetch them.
@@ -145,7 +151,15 @@ def find_source(value: str, *, lookup: Lookup | None = None, flag: str = "--data
     if exact and exact.asset:
         asset = Path(str(importlib.resources.files("megatron_swift.data") / "assets" / exact.asset))
         return Source(request, tuple((asset, subset) for subset in _known_subsets(exact, request, said)), exact)
-    return Source(request, _from_hub(exact, alike, request, lookup.hub, said), alike)
+    name, which = _at_hub(exact, alike, request, lookup.hub, said)
+    entry = alike or Registered(ms=name)
+    subsets = entry.choose(request.subsets, flag=said)
+    if not request.subsets and subsets[0].name == "default":
+        subsets = (replace(subsets[0], config=""),)
+    if streaming and not lookup.hub.offline(which):
+        return Source(request, (), alike, _left_there(name, which, entry, subsets, lookup.hub, said))
+    folder = lookup.hub.fetch(name, which, flag=said)
+    return Source(request, _in_folder(folder, entry, subsets, said), alike)
 
 
 def _known_subsets(entry: Registered, request: Request, said: str) -> tuple[Subset, ...]:
@@ -187,9 +201,10 @@ def _in_folder(
     return tuple(parts)
 
 
-def _from_hub(
+def _at_hub(
     exact: Registered | None, alike: Registered | None, request: Request, hub: Hub, said: str
-) -> tuple[tuple[Path, Subset], ...]:
+) -> tuple[str, HubName]:
+    """The data set's name at the hub to ask, and that hub."""
     name = request.name
     which = hub.choose(request.prefix)
     if exact:
@@ -200,12 +215,18 @@ def _from_hub(
     elif Path(name).suffix.lower() in (*READERS, ".arrow") or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         meant = f", or write {alike.names[0]}" if alike else ""
         raise DataError(f"{said}: {name} does not exist", do=f"check the path{meant}")
-    entry = alike or Registered(ms=name)
-    folder = hub.fetch(name, which, flag=said)
-    subsets = entry.choose(request.subsets, flag=said)
-    if not request.subsets and subsets[0].name == "default":
-        subsets = (replace(subsets[0], config=""),)
-    return _in_folder(folder, entry, subsets, said)
+    return name, which
+
+
+def _left_there(
+    name: str, which: HubName, entry: Registered, subsets: Sequence[Subset], hub: Hub, said: str
+) -> tuple[tuple[AnyFile, Subset], ...]:
+    listing = list_files(name, which, hub, flag=said)
+    with listing.skeleton() as folder:
+        parts = _in_folder(folder, entry, subsets, said)
+    paths = [path.relative_to(folder).as_posix() for path, _ in parts]
+    files = listing.take(paths, hub, flag=said)
+    return tuple((files[path], subset) for path, (_, subset) in zip(paths, parts, strict=True))
 
 
 def fixed(fixup: Fixup, row: Row, identity: Identity) -> Row:

@@ -39,7 +39,7 @@ class Stamp(NamedTuple):
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
-def changed(path: Path) -> DataError:
+def changed(path: object) -> DataError:
     """The error for a file that is no longer what it was when it was indexed."""
     return DataError(
         f"{path} has changed while it was read",

@@ -22,14 +22,15 @@ from megatron_swift.data.options import DataOptions, check_options
 from megatron_swift.data.order import permutation
 from megatron_swift.data.packing import pack
 from megatron_swift.data.registry import Fixup, Identity
+from megatron_swift.data.remote import content_of
 from megatron_swift.data.sources import UNWANTED, Source, fixed
-from megatron_swift.data.stamps import ends_hash, hash_values
+from megatron_swift.data.stamps import hash_values
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Conversation, Sample
 from megatron_swift.utils.errors import DataError
 from megatron_swift.utils.log import get_logger
 
-STREAM_VERSION = 1  # raise it when the same input gives other rows
+STREAM_VERSION = 2  # raise it when the same input gives other rows
 BLOCKS_PER_LANE = 8  # at least, where the files are long enough
 FIRST_WINDOW = 64  # rows of a lane's first window, doubled from one to the next, so that training can begin soon
 WINDOW_BYTES = 1 << 24  # of text: a window ends there, however few its rows
@@ -62,7 +63,7 @@ class Stream:
 def open_stream(
     sources: Sequence[Source], tokenizer: Tokenizer, options: DataOptions, *, window: int, lanes: int
 ) -> Stream:
-    """The stream over these files. Reads nothing but their sizes, and the files that are no lines of text."""
+    """The stream over these files. Reads nothing but their sizes, the ends of Parquet files, and the files that are no lines of text."""
     check_options(options)
     groups = [list(sources)] if options.interleave_prob is None else [[source] for source in sources]
     sets = tuple(cut(group, at_least=BLOCKS_PER_LANE * lanes) for group in groups)
@@ -89,7 +90,7 @@ def _fingerprint(sets: Sequence[Blocks], tokenizer: Tokenizer, options: DataOpti
     }
     everything = {
         "stream": STREAM_VERSION,
-        "files": [[part.path.suffix.lower(), part.stop, *ends_hash(part.path)] for part in parts],
+        "files": [[part.file.suffix.lower(), part.stop, *content_of(part.file)] for part in parts],
         "sizes": [[blocks.size, blocks.rows, blocks.starts] for blocks in sets],
         "tokenizer": [tokenizer.fingerprint(), tokenizers.__version__],
         "options": known,
@@ -272,7 +273,7 @@ class _Reader:
                 self.at = (block, row + 1)
                 return (Ref(self.number, block, row, 0), *found)
             self.at, self._rows = (block + 1, 0), None
-        files = ", ".join(str(part.path) for part in self.blocks.parts[:3])
+        files = ", ".join(str(part.file) for part in self.blocks.parts[:3])
         raise DataError("the data set has no row", do=f"look into {files}")
 
     def _which(self, turn: int) -> int:
