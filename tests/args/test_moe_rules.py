@@ -202,6 +202,8 @@ def test_a_dense_model_has_no_experts_to_spread(flag):
             "--moe_aux_loss_coeff, --moe_grouped_gemm: no effect",
         ),
         ("--moe_shared_expert_overlap true", SMALL, "--moe_shared_expert_overlap changes nothing"),
+        ("--recompute_modules moe_act", None, "moe_act changes nothing: the model has no experts"),
+        ("--recompute_modules core_attn mlp", SMALL, "mlp changes nothing: no layer of the model is dense"),
         ("--moe_token_drop_policy position", SMALL, "--moe_token_drop_policy: no effect without"),
         ("--moe_pad_expert_input_to_capacity false", SMALL, "--moe_pad_expert_input_to_capacity: no effect without"),
     ],

@@ -52,6 +52,21 @@ def train(**changes) -> SftArguments:
         ({"recompute_granularity": "full"}, "needs --recompute_method", "uniform"),
         ({"recompute_granularity": "full", "recompute_method": "block"}, "needs --recompute_num_layers", ""),
         ({"recompute_num_layers": 2}, "--recompute_num_layers 2 needs --recompute_granularity full", ""),
+        (
+            {"recompute_granularity": "none", "given": frozenset({"recompute_modules"})},
+            "--recompute_modules needs --recompute_granularity selective; it is none",
+            "",
+        ),
+        (
+            {
+                "recompute_modules": ["layernorm"],
+                "tp_comm_overlap": True,
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+            },
+            "--recompute_modules layernorm cannot be used with --tp_comm_overlap true",
+            "leave one",
+        ),
         ({"overlap_param_gather": True}, "needs --overlap_grad_reduce true", ""),
         (
             {"overlap_param_gather": True, "overlap_grad_reduce": True, "use_distributed_optimizer": False},

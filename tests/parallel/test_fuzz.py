@@ -74,9 +74,9 @@ def draw(seed: int, number: int) -> Draw:
     kinds = ["all_gather", "p2p"]
     if local_heads % cp == 0 and (local_groups % cp == 0 or cp % local_groups == 0):
         kinds.append("a2a")
-    recompute = pick(
-        Recompute(), Recompute("selective"), Recompute("full", "uniform", 2), Recompute("full", "block", 1)
-    )
+    modules = tuple(name for name in ("core_attn", "layernorm", "mlp") if rng.random() < 0.5)
+    selective = Recompute("selective", modules=modules)
+    recompute = pick(Recompute(), selective, Recompute("full", "uniform", 2), Recompute("full", "block", 1))
     options = {
         "sequence_parallel": bool(tp > 1 and rng.random() < 0.6),
         "sharding": pick(*Sharding),

@@ -36,6 +36,10 @@ def full(method: str, num_layers: int) -> dict:
     return {"recompute": Recompute("full", method, num_layers)}
 
 
+def parts(*modules: str) -> dict:
+    return {"recompute": Recompute("selective", modules=modules)}
+
+
 # (ranks, sizes, options). What is left of the ranks is data parallel.
 LAYOUTS = [
     (2, Sizes(tp=2), {}),
@@ -43,8 +47,8 @@ LAYOUTS = [
     (2, Sizes(tp=2), CHUNKED),
     (4, Sizes(tp=4), SP),  # two query groups on four ranks: keys and values are replicated
     (4, Sizes(tp=4), CHUNKED),
-    (4, Sizes(tp=2), SP),
-    (2, Sizes(pp=2), {}),
+    (4, Sizes(tp=2), SP | parts("core_attn", "layernorm")),
+    (2, Sizes(pp=2), parts("mlp")),
     (3, Sizes(pp=3), {}),
     (4, Sizes(pp=4), {}),
     (2, Sizes(pp=2), VIRTUAL),
@@ -60,13 +64,13 @@ LAYOUTS = [
     (4, Sizes(cp=2), ZERO0),
     (2, Sizes(), ZERO0),
     (2, Sizes(), ZERO2),
-    (4, Sizes(), ZERO3),
+    (4, Sizes(), ZERO3 | parts("layernorm", "mlp")),
     (1, Sizes(), full("uniform", 2)),
     (2, Sizes(), full("block", 2) | ZERO3),
-    (2, Sizes(), UNFUSED | {"recompute": Recompute("selective")}),
+    (2, Sizes(), UNFUSED | parts("core_attn", "layernorm")),
     (4, Sizes(tp=2, pp=2), SP),
     (4, Sizes(tp=2, pp=2), VIRTUAL | full("uniform", 1)),
-    (4, Sizes(tp=2, cp=2), SP),
+    (4, Sizes(tp=2, cp=2), SP | parts("layernorm", "mlp")),
     (4, Sizes(tp=2, cp=2), RING),
     (4, Sizes(pp=2, cp=2), HEADS),
     (8, Sizes(tp=2, pp=2, cp=2), SP),

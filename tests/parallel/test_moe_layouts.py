@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_data_parallel import CLIP, LR, Result, compare, samples_of_steps
-from test_layouts import HEADS, RING, VIRTUAL, ZERO0, ZERO2, ZERO3, full, name, on_layout
+from test_layouts import HEADS, RING, VIRTUAL, ZERO0, ZERO2, ZERO3, full, name, on_layout, parts
 
 from megatron_swift.data.types import IGNORE, Sample
 from megatron_swift.kernels.attention import Segments
@@ -40,7 +40,7 @@ def routed(ranks, options, **sizes):
 LAYOUTS = [
     routed(1, AUX),
     routed(1, SEQ | LOOP),
-    routed(2, AUX, ep=2),
+    routed(2, AUX | parts("moe_act", "layernorm"), ep=2),
     routed(2, AUX | GATHER, ep=2),
     routed(4, AUX, ep=4),
     routed(4, AUX | GATHER, ep=4),
@@ -48,15 +48,17 @@ LAYOUTS = [
     routed(4, SEQ | ZERO0, ep=2),
     routed(4, AUX | ZERO2, ep=2),
     routed(4, ZERO3, ep=2),
-    routed(2, AUX | ZERO3),  # experts sharded as the rest is
+    routed(2, AUX | ZERO3 | parts("moe_act", "layernorm", "mlp")),  # experts sharded as the rest is
     routed(2, AUX | SP, tp=2),  # an expert's tensors over both ranks
-    routed(2, SEQ | SP, tp=2, etp=1),  # replicated experts under tensor parallelism
+    routed(
+        2, SEQ | SP | LOOP | parts("moe_act", "layernorm"), tp=2, etp=1
+    ),  # replicated experts under tensor parallelism
     routed(2, AUX | SP, tp=2, ep=2, etp=1),
     routed(4, AUX | SP, tp=2, ep=2),
     routed(4, SEQ | SP | GATHER, tp=2, ep=2),
     routed(4, AUX | SP | GATHER | LOOP, tp=2, ep=2),
     routed(4, AUX | SP | ZERO3, tp=4, ep=2, etp=1),  # key/value heads and experts replicated
-    routed(2, AUX, pp=2),
+    routed(2, AUX | LOOP | parts("moe_act"), pp=2),
     routed(4, AUX, pp=2, ep=2),
     routed(4, SEQ | VIRTUAL | full("uniform", 1), pp=2, ep=2),
     routed(2, AUX, cp=2, ep=2),

@@ -13,13 +13,18 @@ from megatron_swift.utils.log import get_logger
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """What the rules need of a model's experts. shared_size: inner width of the shared one, 0 without."""
+    """What the rules need of a model's experts.
+
+    shared_size : inner width of the shared one, 0 without.
+    everywhere  : no layer is dense.
+    """
 
     number: int
     topk: int
     ffn_hidden_size: int
     shared_size: int
     pre_softmax: bool
+    everywhere: bool = True
 
 
 def check_experts(args: TrainArguments, experts: Experts | None, *, world_size: int) -> None:
@@ -32,6 +37,8 @@ def check_experts(args: TrainArguments, experts: Experts | None, *, world_size: 
     _dispatcher(args)
     _balancing(args)
     _capacity(args)
+    if experts.everywhere and "mlp" in args.recompute_modules:
+        get_logger().warning("--recompute_modules mlp changes nothing: no layer of the model is dense")
     if args.moe_shared_expert_overlap and not experts.shared_size:
         get_logger().warning("--moe_shared_expert_overlap changes nothing: the model has no shared expert")
 
@@ -54,6 +61,8 @@ def _dense(args: TrainArguments) -> None:
     if unused:
         flags = ", ".join(f"--{name}" for name in unused)
         get_logger().warning("%s: no effect, the model has no experts", flags)
+    if "moe_act" in args.recompute_modules:
+        get_logger().warning("--recompute_modules moe_act changes nothing: the model has no experts")
 
 
 def _model(args: TrainArguments, experts: Experts) -> None:

@@ -399,6 +399,17 @@ def _deterministic(args: TrainArguments) -> None:
 
 def _recompute(args: TrainArguments) -> None:
     full = args.recompute_granularity == "full"
+    if "recompute_modules" in args.given and args.recompute_granularity != "selective":
+        raise UsageError(
+            f"--recompute_modules needs --recompute_granularity selective; it is {args.recompute_granularity}",
+            do="leave one of the two out",
+        )
+    if "layernorm" in args.recompute_modules and args.tp_comm_overlap:
+        raise UsageError(
+            "--recompute_modules layernorm cannot be used with --tp_comm_overlap true",
+            why="the product that gathers its input keeps it",
+            do="leave one of the two out",
+        )
     for name in ("recompute_method", "recompute_num_layers"):
         value = getattr(args, name)
         if full and value is None:

@@ -1,5 +1,6 @@
 """Parameters of the training loop: batches, learning rate, regularisation, evaluation, precision."""
 
+# ruff: noqa: RUF009  (`param` makes a field, as dataclasses.field does)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,8 +25,14 @@ class TrainingParams(Arguments):
     )
     recompute_granularity: Literal["none", "selective", "full"] = param(
         "selective",
-        "What the backward pass computes again instead of storing: nothing, the core attention (fused attention kernels "
-        "never store its weights), or whole layers.",
+        "What the backward pass computes again instead of storing: nothing, parts of every layer (recompute_modules), "
+        "or whole layers.",
+    )
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe_act"]] = param(
+        ["core_attn"],
+        "With recompute_granularity selective, what is computed again: core_attn = the attention weights (fused kernels "
+        "never store them), layernorm = what norms give to matrix products, with its gathering over sequence-parallel "
+        "ranks, mlp = dense MLPs whole, moe_act = the activations of experts. Beyond ms-swift v3.4.0.",
     )
     recompute_method: Literal["uniform", "block"] | None = param(
         None,

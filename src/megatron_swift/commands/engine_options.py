@@ -44,7 +44,12 @@ def engine_options(setup: RunSetup) -> EngineOptions:
         tp_comm_overlap=args.tp_comm_overlap,
         sharding=Sharding(strategy),
         context_kind=args.cp_comm_type,
-        recompute=Recompute(args.recompute_granularity, args.recompute_method, args.recompute_num_layers),
+        recompute=Recompute(
+            args.recompute_granularity,
+            args.recompute_method,
+            args.recompute_num_layers,
+            tuple(args.recompute_modules),
+        ),
         chunks_per_rank=virtual_stages(args, num_layers=setup.model.num_layers),
         first_layers=args.decoder_first_pipeline_num_layers,
         last_layers=args.decoder_last_pipeline_num_layers,

@@ -182,6 +182,7 @@ def _experts(model: ModelConfig) -> Experts | None:
         ffn_hidden_size=moe.ffn_hidden_size,
         shared_size=moe.shared_size,
         pre_softmax=moe.pre_softmax,
+        everywhere=all(moe.sparse_layers),
     )
 
 

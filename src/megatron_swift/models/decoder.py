@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_swift.kernels.again import through
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.kernels.cross_entropy import linear_cross_entropy
 from megatron_swift.kernels.dropout import dropout
@@ -36,10 +37,17 @@ Rotation = tuple[Tensor, Tensor]
 _EMBEDDING, _PER_LAYER = -1, 3
 
 
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x)."""
+    return module(x)  # type: ignore[no-any-return]
+
+
 class TransformerLayer(nn.Module):
     """Pre-norm attention and MLP, or experts, with residual connections. `number` counts from 0 over the whole model.
 
     hidden_dropout : the share of what attention and MLP add that is dropped, in rows that bring noise.
+    norm_again     : the normalised input of experts is not kept for the backward pass but computed again.
+    run_mlp        : calls a dense MLP; recomputation is put there.
     """
 
     def __init__(self, cfg: ModelConfig, number: int):
@@ -49,6 +57,7 @@ class TransformerLayer(nn.Module):
         # A dense MLP has its norm inside, under Megatron-Core's names; the router and all experts share one.
         self.pre_mlp_layernorm = make_norm(cfg, cfg.hidden_size) if cfg.is_sparse(number) else None
         self.mlp = MoELayer(cfg, number) if cfg.is_sparse(number) else make_mlp(cfg)
+        self.norm_again, self.run_mlp = False, call
 
     @property
     def streams(self) -> tuple[int, int, int]:
@@ -60,8 +69,9 @@ class TransformerLayer(nn.Module):
         """x [T, H] -> [T, H]."""
         x = x + self._dropped(self.self_attention(x, rotary, segments), segments, self.streams[1])
         if self.pre_mlp_layernorm is None:
-            return x + self._dropped(self.mlp(x), segments, self.streams[2])
-        return x + self._dropped(self.mlp(self.pre_mlp_layernorm(x), routing), segments, self.streams[2])
+            return x + self._dropped(self.run_mlp(self.mlp, x), segments, self.streams[2])
+        y = through(self.pre_mlp_layernorm, lambda y: self.mlp(y, routing), x, again=self.norm_again)
+        return x + self._dropped(y, segments, self.streams[2])
 
     def _dropped(self, y: Tensor, segments: Segments, stream: int) -> Tensor:
         if segments.noise is None or not self.hidden_dropout:

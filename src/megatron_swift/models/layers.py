@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_swift.kernels.again import through
 from megatron_swift.kernels.attention import AttentionCore, Segments, plain_attention
 from megatron_swift.kernels.layers import PLAIN, no_rotation, rotate, rotate_first, split_qkv
 from megatron_swift.models.config import ModelConfig
@@ -95,6 +96,7 @@ class NormLinear(nn.Module):
     """A linear layer that first applies its norm; one module, because Megatron-Core saves both under one name.
 
     `enter` stands between the two, as in Linear. The norm is a LayerNorm where there is a layer_norm_bias.
+    norm_again : what enters the product is not kept for the backward pass but computed, and gathered, again.
     """
 
     enter: Seam
@@ -108,7 +110,7 @@ class NormLinear(nn.Module):
         self.weight = new_parameter(out_features, in_features)
         self.bias = new_parameter(out_features) if bias else None
         self.epsilon, self.kernels = epsilon, PLAIN
-        self.enter = identity
+        self.enter, self.norm_again = identity, False
 
     def normalise(self, x: Tensor) -> Tensor:
         """The norm alone."""
@@ -117,9 +119,13 @@ class NormLinear(nn.Module):
         return self.kernels.norm(x, self.layer_norm_weight, self.epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.enter is identity and self.layer_norm_bias is None:
+        fused = self.kernels is not PLAIN  # those keep x alone in any case
+        if self.enter is identity and self.layer_norm_bias is None and (fused or not self.norm_again):
             return self.kernels.norm_linear(x, self.layer_norm_weight, self.weight, self.bias, self.epsilon)
-        return F.linear(self.enter(self.normalise(x)), self.weight, self.bias)
+        return through(self._entering, lambda y: F.linear(y, self.weight, self.bias), x, again=self.norm_again)
+
+    def _entering(self, x: Tensor) -> Tensor:
+        return self.enter(self.normalise(x))
 
 
 class Embedding(nn.Module):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_swift.kernels.again import through
 from megatron_swift.kernels.expert_mlp import expert_mlp
 from megatron_swift.kernels.grouped_linear import GroupedLinear, looped_linear
 from megatron_swift.kernels.layers import PLAIN
@@ -112,6 +113,7 @@ class Experts(nn.Module):
     linear_fc2.weight H rows each.
 
     Held as matrices, they are sharded, saved and stepped like every other parameter. `product` is the kernel.
+    act_again : what the activation gives is not kept for the backward pass but computed again.
     """
 
     product: GroupedLinear
@@ -122,7 +124,7 @@ class Experts(nn.Module):
         self.swiglu = swiglu
         self.linear_fc1 = Linear(hidden_size, self.number * (2 if swiglu else 1) * cfg.ffn_hidden_size)
         self.linear_fc2 = Linear(cfg.ffn_hidden_size, self.number * hidden_size)
-        self.product, self.kernels = looped_linear, PLAIN
+        self.product, self.kernels, self.act_again = looped_linear, PLAIN, False
 
     def forward(self, x: Tensor, counts: Tensor, summed: tuple[Order, Tensor] | None = None) -> Tensor:
         """x [N, H] in order of expert, counts int64 [experts of this rank] -> [N, H].
@@ -135,7 +137,8 @@ class Experts(nn.Module):
             order, probs = summed
             return expert_mlp(x, first, second, probs, order)
         inner = self.product(x, first, counts)
-        return self.product(self.kernels.swiglu(inner) if self.swiglu else F.gelu(inner), second, counts)
+        activation = self.kernels.swiglu if self.swiglu else F.gelu
+        return through(activation, lambda y: self.product(y, second, counts), inner, again=self.act_again)
 
 
 # dispatch(x [T, H], choice, experts) -> [T, H], the weighted sum of each token's experts
@@ -165,11 +168,15 @@ class SharedExperts(nn.Module):
         self.linear_fc1 = Linear(hidden_size, (2 if swiglu else 1) * size)
         self.linear_fc2 = Linear(size, hidden_size)
         self.gate_weight = new_parameter(1, hidden_size)
+        self.act_again = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
         inner, after = self.linear_fc1(x), self.linear_fc2
-        y = after.after_swiglu(inner) if self.swiglu else after(F.gelu(inner))
+        if self.swiglu and not (self.act_again and after.kernels is PLAIN):
+            y = after.after_swiglu(inner)  # fused, that keeps `inner` alone
+        else:
+            y = through(after.kernels.swiglu if self.swiglu else F.gelu, after, inner, again=self.act_again)
         return y * torch.sigmoid(F.linear(x, self.gate_weight))
 
 

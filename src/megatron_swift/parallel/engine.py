@@ -22,13 +22,14 @@ from megatron_swift.models.decoder import Decoder, Row, build_decoder
 from megatron_swift.models.routing import RouterOptions, Routing
 from megatron_swift.parallel import data as data_parallel
 from megatron_swift.parallel import expert as expert_parallel
+from megatron_swift.parallel import recompute as recomputation
 from megatron_swift.parallel import tensor as tensor_parallel
 from megatron_swift.parallel.context import context_core, context_segments, zigzag
 from megatron_swift.parallel.data import Sharding
 from megatron_swift.parallel.dropout import Dropout, drop_attention, noise_of
 from megatron_swift.parallel.mesh import Axis, Mesh, part_of
 from megatron_swift.parallel.pipeline import Links, Pipeline
-from megatron_swift.parallel.recompute import Recompute, layer_runner, recomputed_core
+from megatron_swift.parallel.recompute import CORE, Recompute, recomputed_core
 from megatron_swift.parallel.routers import RouterTotals, routings
 from megatron_swift.parallel.shards import Shards
 from megatron_swift.parallel.stages import head_cost, split_layers
@@ -284,7 +285,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
         _install_attention(model, mesh, options, kernels)
         _install_tensor_parallel(model, cfg, mesh, options, kernels)
         _install_experts(model, local, mesh, options, kernels)
-        model.run_layers = layer_runner(options.recompute)
+        recomputation.install(model, options.recompute)
         if sharded or experts_sharded:
             data_parallel.shard(
                 model,
@@ -301,7 +302,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     dense_replicas, expert_replicas = Axis() if sharded else mesh.shard, Axis() if experts_sharded else mesh.edp
     shards = _make_shards(chunks, cfg, mesh, options, dense_replicas, expert_replicas)
     pipeline = Pipeline(mesh.pp, Links(mesh.pp), options.chunks_per_rank) if mesh.pp.size > 1 else None
-    kernels |= _describe(mesh, options, stages)
+    kernels |= _describe(mesh, options, stages, chunks[0])
     return Engine(
         chunks,
         mesh,
@@ -347,13 +348,13 @@ def _install_attention(model: Decoder, mesh: Mesh, options: EngineOptions, kerne
     if mesh.cp.size > 1:
         core = context_core(options.context_kind, mesh.cp, core)
         kernels["context"] = f"{mesh.cp.size} ranks, zig-zag chunks, {options.context_kind}"
-    elif options.recompute.granularity == "selective" and choice.keeps_weights:
+    elif options.recompute.has(CORE) and choice.keeps_weights:
         core = recomputed_core(core)
         kernels["attention"] += ", computed again in the backward pass"
     model.set_attention(core)
     model.set_hidden_dropout(options.dropout.hidden)
     if options.dropout.attention:
-        again = options.recompute.granularity == "selective"
+        again = options.recompute.has(CORE)
         kernels["attention"] = drop_attention(
             model, mesh, options.dropout, core, softmax_in_fp32=options.softmax_in_fp32, again=again
         )
@@ -431,7 +432,7 @@ def _make_shards(
     return shards
 
 
-def _describe(mesh: Mesh, options: EngineOptions, stages: list[range]) -> dict[str, str]:
+def _describe(mesh: Mesh, options: EngineOptions, stages: list[range], model: Decoder) -> dict[str, str]:
     """Lines for the banner."""
     lines = {}
     if mesh.tp.size > 1:
@@ -443,8 +444,8 @@ def _describe(mesh: Mesh, options: EngineOptions, stages: list[range]) -> dict[s
         lines["pipeline"] = f"{mesh.pp.size} ranks{virtual}, layers per stage {[len(s) for s in stages]}"
     if mesh.experts.size > 1:
         lines["expert"] = f"{mesh.ep.size} ranks, each expert over {mesh.etp.size}, {options.dispatcher} dispatch"
-    if options.recompute.granularity == "full":
-        lines["recompute"] = f"whole layers, {options.recompute.method} {options.recompute.num_layers}"
+    if again := recomputation.describe(options.recompute, model):
+        lines["recompute"] = again
     if mesh.shard.size > 1:
         how = (
             "replicas, gradients all-reduced"
