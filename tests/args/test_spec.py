@@ -108,7 +108,7 @@ def test_accepted_in_silence(flags, caplog):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--no_rope_fusion true", "--no_rope_fusion true has no effect: PyTorch"),
+        ("--no_bias_dropout_fusion true", "--no_bias_dropout_fusion true has no effect: dropout is"),
         ("--transformer_impl local", "--transformer_impl local has no effect"),
         (
             "--overlap_grad_reduce",

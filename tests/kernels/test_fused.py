@@ -220,3 +220,33 @@ def test_dense_attention_on_a_gpu(heads, groups):
         tensors,
         torch.bfloat16,
     )
+
+
+def test_what_stays_torchs_own(monkeypatch):
+    """The sentence for the banner; what a machine without a GPU says beats all."""
+    ask = {"dtype": torch.bfloat16, "recomputed": False}
+    assert layers.choose_layer_kernels((), device=torch.device("cpu"), **ask)[0] is layers.PLAIN
+    everything = tuple(layers.NAMES)
+    kernels, said = layers.choose_layer_kernels(everything, device=torch.device("cuda"), **ask)
+    assert kernels is layers.PLAIN and said == "torch's own operators (asked for)"
+    monkeypatch.setattr(layers, "why_no_triton", lambda device: "")
+    monkeypatch.setattr(layers, "_triton_kernels", lambda unfused, *, recomputed: unfused)
+    _, said = layers.choose_layer_kernels((), device=torch.device("cuda"), **ask)
+    assert said == "Triton: RMSNorm, rotary embedding and SwiGLU in one pass each"
+    _, said = layers.choose_layer_kernels((), used={"norm", "swiglu"}, device=torch.device("cuda"), **ask)
+    assert said == "Triton: RMSNorm and SwiGLU in one pass each"
+    _, said = layers.choose_layer_kernels((), used=(), device=torch.device("cuda"), **ask)
+    assert said == "torch's own operators (the model has none of what there are Triton kernels for)"
+    _, said = layers.choose_layer_kernels(("rope",), device=torch.device("cuda"), **ask)
+    assert said == "Triton: RMSNorm and SwiGLU in one pass each; torch's own operators for rotary embedding (asked for)"
+
+
+@needs_triton
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_which_kernels_are_fused(recomputed):
+    names = {"norm": ("norm", "norm_linear"), "rope": ("split_rotate",), "swiglu": ("swiglu", "swiglu_linear")}
+    for off in names:
+        kernels = layers._triton_kernels((off,), recomputed=recomputed)
+        for name, fields in names.items():
+            for field in fields:
+                assert (getattr(kernels, field) is getattr(layers.PLAIN, field)) == (name == off), (off, field)

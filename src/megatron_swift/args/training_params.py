@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from megatron_swift.args.spec import Arguments, param
 
-_FUSION = "PyTorch and its compiler choose the kernels"
+_ON_GPUS = "Where the Triton kernels run, on GPUs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +63,26 @@ class TrainingParams(Arguments):
         None, "Directory of the TensorBoard files. Default: `runs` in the run's directory."
     )
     no_masked_softmax_fusion: bool = param(
-        False, "Do not fuse scale, mask and softmax of the attention.", no_effect=_FUSION
+        False,
+        "Do not fuse scale, mask and softmax of the attention.",
+        no_effect="attention_backend unfused does that",
     )
-    no_bias_dropout_fusion: bool = param(False, "Do not fuse bias and dropout.", no_effect=_FUSION)
-    no_bias_swiglu_fusion: bool = param(False, "Do not fuse bias and SwiGLU.", no_effect=_FUSION)
-    no_rope_fusion: bool = param(False, "Do not fuse the rotary embedding.", no_effect=_FUSION)
+    no_bias_dropout_fusion: bool = param(
+        False, "Do not fuse bias and dropout.", no_effect="dropout is an operation of its own"
+    )
+    no_bias_swiglu_fusion: bool = param(
+        False, f"{_ON_GPUS}: compute SwiGLU, that of experts too, with torch's own operators instead."
+    )
+    no_rope_fusion: bool = param(False, f"{_ON_GPUS}: compute the rotary embedding with torch's own operators instead.")
     no_gradient_accumulation_fusion: bool = param(
-        False, "Do not fuse gradient accumulation into the weight-gradient product.", no_effect=_FUSION
+        False,
+        "Do not fuse gradient accumulation into the weight-gradient product.",
+        no_effect="torch adds gradients up itself",
     )
     cross_entropy_loss_fusion: bool = param(
         False,
-        "Compute the loss in one fused pass that never holds the logits of all tokens in float32; saves memory.",
+        "Compute the loss in chunks of tokens, so that their logits are never held all at once; saves memory. "
+        "Always done where the Triton kernels run, on GPUs.",
     )
     calculate_per_token_loss: bool = param(
         True,

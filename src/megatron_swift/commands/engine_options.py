@@ -40,6 +40,9 @@ def engine_options(setup: RunSetup) -> EngineOptions:
         attention_backend=asked_kernel(args)[0],
         softmax_in_fp32=args.attention_softmax_in_fp32,
         chunked_cross_entropy=args.cross_entropy_loss_fusion,
+        unfused=tuple(
+            name for name, off in (("rope", args.no_rope_fusion), ("swiglu", args.no_bias_swiglu_fusion)) if off
+        ),
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
         tp_comm_overlap=args.tp_comm_overlap,
         sharding=Sharding(strategy),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,30 +80,53 @@ class LayerKernels:
 PLAIN = LayerKernels()
 
 
+NAMES = {"norm": "RMSNorm", "rope": "rotary embedding", "swiglu": "SwiGLU"}
+
+
 def choose_layer_kernels(
-    wanted: bool, *, device: torch.device, dtype: torch.dtype, recomputed: bool
+    unfused: Collection[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    recomputed: bool,
+    used: Collection[str] = NAMES,
 ) -> tuple[LayerKernels, str]:
     """(kernels, the sentence about them for the banner).
 
+    unfused    : of NAMES, those that shall stay torch's own operators.
+    used       : of NAMES, those that the model has in the form of the kernels.
     recomputed : whole layers are computed again before their backward pass. That stops at the last tensor which the backward pass needs,
     so the input of linear_fc2 is kept: to form it there would cost the product of linear_fc2 once more.
     """
-    reason = why_no_triton(device) if wanted else "asked for"
+    assert set(unfused) <= NAMES.keys(), unfused
+    parts = [name for name in NAMES if name in used]
+    reason = why_no_triton(device)
+    if set(parts) <= set(unfused):
+        reason = "asked for" if parts else "the model has none of what there are Triton kernels for"
     if not reason and dtype not in (torch.bfloat16, torch.float16, torch.float32):
         reason = f"Triton kernels are not written for {dtype}"
     if reason:
         return PLAIN, f"torch's own operators ({reason})"
-    return _triton_kernels(recomputed=recomputed), "Triton: RMSNorm, rotary embedding and SwiGLU in one pass each"
+    fused, plain = (_listed([NAMES[n] for n in parts if (n in unfused) == there]) for there in (False, True))
+    rest = f"; torch's own operators for {plain} (asked for)" if plain else ""
+    return _triton_kernels(unfused, recomputed=recomputed), f"Triton: {fused} in one pass each{rest}"
 
 
-def _triton_kernels(*, recomputed: bool) -> LayerKernels:
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([part for part in (", ".join(names[:-1]), *names[-1:]) if part])
+
+
+def _triton_kernels(unfused: Collection[str], *, recomputed: bool) -> LayerKernels:
     from megatron_swift.kernels.fused.norm import fused_norm, fused_norm_linear
     from megatron_swift.kernels.fused.rope import fused_split_rotate
     from megatron_swift.kernels.fused.swiglu import fused_swiglu, fused_swiglu_linear
 
-    kernels = LayerKernels(fused_norm, fused_norm_linear, fused_swiglu, fused_swiglu_linear, fused_split_rotate)
-    if recomputed:
-        kernels = dataclasses.replace(
-            kernels, swiglu_linear=lambda gate_up, weight: F.linear(fused_swiglu(gate_up), weight)
-        )
+    kernels = PLAIN
+    if "norm" not in unfused:
+        kernels = dataclasses.replace(kernels, norm=fused_norm, norm_linear=fused_norm_linear)
+    if "rope" not in unfused:
+        kernels = dataclasses.replace(kernels, split_rotate=fused_split_rotate)
+    if "swiglu" not in unfused:
+        after = (lambda x, weight: F.linear(fused_swiglu(x), weight)) if recomputed else fused_swiglu_linear
+        kernels = dataclasses.replace(kernels, swiglu=fused_swiglu, swiglu_linear=after)
     return kernels

@@ -12,7 +12,7 @@ from megatron_swift.kernels.again import through
 from megatron_swift.kernels.attention import AttentionCore, Segments
 from megatron_swift.kernels.cross_entropy import linear_cross_entropy
 from megatron_swift.kernels.dropout import dropout
-from megatron_swift.kernels.layers import LayerKernels
+from megatron_swift.kernels.layers import LayerKernels, rotate
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.layers import (
     Attention,
@@ -21,6 +21,7 @@ from megatron_swift.models.layers import (
     NormLinear,
     RMSNorm,
     Seam,
+    choose_turn,
     identity,
     make_mlp,
     make_norm,
@@ -189,6 +190,14 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, (RMSNorm, NormLinear, Linear, Attention, Experts)):
                 module.kernels = kernels
+
+    @property
+    def fusible(self) -> set[str]:
+        """What of this model has the form that `kernels.layers` has kernels for, under its names."""
+        cfg = self.cfg
+        whole = choose_turn(cfg) is rotate and not cfg.qk_layernorm
+        there = {"norm": cfg.normalization == "RMSNorm", "rope": whole, "swiglu": cfg.swiglu}
+        return {name for name, is_there in there.items() if is_there}
 
     @property
     def sparse(self) -> list[MoELayer]:

@@ -119,8 +119,8 @@ class NormLinear(nn.Module):
         return self.kernels.norm(x, self.layer_norm_weight, self.epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = self.kernels is not PLAIN  # those keep x alone in any case
-        if self.enter is identity and self.layer_norm_bias is None and (fused or not self.norm_again):
+        forgets = self.kernels.norm_linear is not PLAIN.norm_linear  # the fused form keeps x alone in any case
+        if self.enter is identity and self.layer_norm_bias is None and (forgets or not self.norm_again):
             return self.kernels.norm_linear(x, self.layer_norm_weight, self.weight, self.bias, self.epsilon)
         return through(self._entering, lambda y: F.linear(y, self.weight, self.bias), x, again=self.norm_again)
 

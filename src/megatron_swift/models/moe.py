@@ -173,8 +173,11 @@ class SharedExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
         inner, after = self.linear_fc1(x), self.linear_fc2
-        if self.swiglu and not (self.act_again and after.kernels is PLAIN):
-            y = after.after_swiglu(inner)  # fused, that keeps `inner` alone
+        forgets = (
+            after.kernels.swiglu_linear is not PLAIN.swiglu_linear
+        )  # the fused form keeps `inner` alone in any case
+        if self.swiglu and (forgets or not self.act_again):
+            y = after.after_swiglu(inner)
         else:
             y = through(after.kernels.swiglu if self.swiglu else F.gelu, after, inner, again=self.act_again)
         return y * torch.sigmoid(F.linear(x, self.gate_weight))

@@ -56,7 +56,7 @@ class EngineOptions:
 
     chunks_per_rank : virtual pipeline stages on each rank. first_layers, last_layers : of the first and last stage, None: balanced.
     context_kind    : all_gather, p2p or a2a.
-    fused_layers    : norms, rotation and SwiGLU as Triton kernels where they run.
+    unfused         : of norm, rope and swiglu, those that are not computed by Triton kernels where these run.
     dropout         : what is dropped in training, and the seed of it.
     router, dispatcher, grouped_experts, overlap_shared_expert : of a mixture of experts; see models.routing and parallel.expert.
     """
@@ -65,7 +65,7 @@ class EngineOptions:
     attention_backend: str = "auto"
     softmax_in_fp32: bool = True
     chunked_cross_entropy: bool = False
-    fused_layers: bool = True
+    unfused: tuple[str, ...] = ()
     sequence_parallel: bool = False
     tp_comm_overlap: bool = False
     sharding: Sharding = Sharding.OPTIM
@@ -327,10 +327,11 @@ def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]
 
 def _install_layer_kernels(model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]) -> None:
     chosen, kernels["layers"] = choose_layer_kernels(
-        options.fused_layers,
+        options.unfused,
         device=mesh.device,
         dtype=options.compute_dtype,
         recomputed=options.recompute.granularity == "full",
+        used=model.fusible,
     )
     model.set_kernels(chosen)
 
@@ -398,6 +399,7 @@ def _install_experts(
         dispatcher=options.dispatcher,
         router=options.router,
         product=product,
+        fused="swiglu" not in options.unfused,
         overlap=options.overlap_shared_expert,
     )
 

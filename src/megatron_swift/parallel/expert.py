@@ -64,15 +64,26 @@ def placement(name: str, shape: tuple[int, ...], cfg: ModelConfig, mesh: Mesh) -
 
 
 def install(
-    model: Decoder, mesh: Mesh, *, dispatcher: str, router: RouterOptions, product: GroupedLinear, overlap: bool
+    model: Decoder,
+    mesh: Mesh,
+    *,
+    dispatcher: str,
+    router: RouterOptions,
+    product: GroupedLinear,
+    fused: bool,
+    overlap: bool,
 ) -> None:
-    """Set routers, kernels and dispatchers of a model's sparse layers. dispatcher: allgather, alltoall or alltoall_seq (as alltoall)."""
+    """Set routers, kernels and dispatchers of a model's sparse layers.
+
+    dispatcher : allgather, alltoall or alltoall_seq (as alltoall).
+    fused      : experts may be one function from their inputs to the weighted sum of their answers.
+    """
     dispatch: Dispatch = dispatch_here
     if mesh.ep.size * mesh.etp.size > 1:
         dispatch = (
             _by_gathering(mesh.ep, mesh.experts) if dispatcher == "allgather" else _by_exchange(mesh.ep, mesh.etp)
         )
-    elif product is grouped_linear and model.cfg.swiglu:
+    elif product is grouped_linear and model.cfg.swiglu and fused:
         dispatch = dispatch_at_once
     sharers = _sharers(mesh)
     for layer in model.sparse:

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_swift.args.commands import SftArguments, parse
+from megatron_swift.commands.engine_options import engine_options
+from megatron_swift.commands.setup import prepare_run
+from megatron_swift.testing import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        ("", "unfused", ()),
+        ("--no_rope_fusion true", "unfused", ("rope",)),
+        ("--no_bias_swiglu_fusion true --no_rope_fusion true", "unfused", ("rope", "swiglu")),
+        ("--cross_entropy_loss_fusion true", "chunked_cross_entropy", True),
+    ],
+)
+def test_switches_reach_the_engine(folder, tmp_path, flags, name, value):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "of", "response": "to"}\n' * 20)
+    words = f"--model {folder} --dataset {rows} --train_iters 1 --save {tmp_path / 'run'} --report_to none {flags}"
+    assert getattr(engine_options(prepare_run(parse(SftArguments, words.split()), {})), name) == value
+
+
+def test_modules_to_compute_again(folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "of", "response": "to"}\n' * 20)
+    words = f"--model {folder} --dataset {rows} --train_iters 1 --save {tmp_path / 'run'} --report_to none"
+    given = parse(SftArguments, [*words.split(), "--recompute_modules", "mlp", "layernorm"])
+    recompute = engine_options(prepare_run(given, {})).recompute
+    assert recompute.has("mlp") and recompute.has("layernorm") and not recompute.has("core_attn")
