@@ -93,6 +93,19 @@ def test_model_parameters_win(prepare, monkeypatch, caplog):
     assert len({text for text in caplog.messages if text.startswith("model parameter")}) == 3
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--use_chat_template", "false"), "generation (use_chat_template is false)"),
+        (("--template_backend", "jinja"), "jinja (as told by --template_backend)"),
+        (("--template", "chatml"), "chatml (as told by --template)"),
+    ],
+)
+def test_why_that_template(prepare, capsys, flags, words):
+    prepare(*flags)
+    assert words in capsys.readouterr().out
+
+
 def test_banner(prepare, capsys):
     prepare("--lr_warmup_iters", "2", "--global_batch_size", "8", "--split_dataset_ratio", "0.1", ranks=2)
     out = capsys.readouterr().out

@@ -30,6 +30,13 @@ def asked_template(args: Asking) -> str | None:
     return JINJA
 
 
+def why_template(args: Asking, reason: str) -> str:
+    """Why that template was taken, in the user's own flags; `reason`: what the model families say, who know its name alone."""
+    if not args.use_chat_template:
+        return "use_chat_template is false"
+    return "as told by --template_backend" if args.template_backend == JINJA else reason
+
+
 def user_families(args: Asking | ExportArguments) -> tuple[Family, ...]:
     """The model families that the user's own files add."""
     paths = [*args.custom_register_path, *args.external_plugins]

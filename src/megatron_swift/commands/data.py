@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_swift.args.commands import DataShowArguments, TrainArguments
 from megatron_swift.args.inherit import inherit
-from megatron_swift.commands.chat_template import asked_template, chosen_template, user_families
+from megatron_swift.commands.chat_template import asked_template, chosen_template, user_families, why_template
 from megatron_swift.commands.setup import data_options
 from megatron_swift.data.cache import PackedRows
 from megatron_swift.data.histogram import draw_histogram, text_histogram
@@ -75,7 +75,7 @@ def data_template(
         extra=user_families(args),
     )
     template = chosen_template(args, described.template, tokenizer)
-    return template, described.reason, described.config.max_position_embeddings
+    return template, why_template(args, described.reason), described.config.max_position_embeddings
 
 
 def _samples(rows: PackedRows, count: int) -> Iterator[Sample]:

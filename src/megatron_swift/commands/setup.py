@@ -28,7 +28,7 @@ from megatron_swift.args.rules import (
 )
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.layout import tensor_specs
-from megatron_swift.commands.chat_template import chosen_template
+from megatron_swift.commands.chat_template import chosen_template, why_template
 from megatron_swift.commands.model_setup import settle_model
 from megatron_swift.commands.run_data import RunData, prepare_data
 from megatron_swift.commands.run_folder import make_run_dir, write_run_files
@@ -138,7 +138,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
             config=found.written,
             settled={"template": setup.template, "torch_dtype": setup.dtype},
         )
-    _print_banner(setup, described.reason, data, tokenizer)
+    _print_banner(setup, why_template(args, described.reason), data, tokenizer)
     return setup
 
 
