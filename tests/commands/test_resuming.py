@@ -15,7 +15,7 @@ from runs import _rank, contents, differences, go, set_up, write_rows
 from megatron_swift.checkpoint.publish import TRACKER, iteration_folder, published
 from megatron_swift.testing import make_tiny_model, run_ranks
 from megatron_swift.train import loop
-from megatron_swift.utils.errors import CheckpointError, Stopped, UsageError
+from megatron_swift.utils.errors import CheckpointError, DataError, Stopped, UsageError
 from megatron_swift.utils.log import set_up_logging
 
 LENGTH = 6
@@ -111,9 +111,21 @@ def test_finished_but_more_is_asked_for(place, golden, tmp_path):
 
 
 def test_a_named_run_without_anything_left_is_an_error(place, golden, tmp_path):
-    """Whoever types a folder wants it trained."""
+    """Whoever types a folder wants it trained. No folder is left of the attempt."""
     with pytest.raises(UsageError, match=f"stands at iteration {LENGTH} already"):
         go(*command(place, tmp_path), "--load", str(golden.run_dir))
+    assert folders(tmp_path) == []
+
+
+def test_refused_data_leave_no_folder(place, golden, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_rows(other / "rows.jsonl", 30)
+    (other / "model").symlink_to(place / "model")
+    words = (*command(other, tmp_path / "out"), "--load", str(golden.run_dir), "--train_iters", "9")
+    with pytest.raises(DataError, match="are not those of"):
+        go(*words, ranks=2)
+    assert folders(tmp_path / "out") == []
 
 
 def damage(run):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron_swift.checkpoint.publish import TRACKER
 from megatron_swift.checkpoint.ranks import Group
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.train.state import TrainState, read_state
-from megatron_swift.utils.errors import CheckpointError, UsageError
+from megatron_swift.utils.errors import CheckpointError, DataError, UsageError
 from megatron_swift.utils.log import get_logger
 
 
@@ -79,6 +81,16 @@ def _check_position(setup: RunSetup, state: TrainState, folder: Path) -> None:
             f"the checkpoint stands at iteration {state.iteration} already, --train_iters is {setup.train_iters}",
             do="raise --train_iters, or give --finetune true to start anew from its weights",
         )
+
+
+@contextlib.contextmanager
+def no_folder_if_refused(setup: RunSetup, run: Path, group: Group) -> Iterator[None]:
+    """What this command is not allowed to go on with leaves no empty v<N> behind. Every rank is refused the same."""
+    try:
+        yield
+    except (UsageError, DataError):
+        remove_unused(setup, run, group)
+        raise
 
 
 def remove_unused(setup: RunSetup, run: Path, group: Group) -> None:

@@ -22,7 +22,13 @@ from megatron_swift.checkpoint.megatron_weights import MegatronWeights
 from megatron_swift.checkpoint.snapshot import Snapshot
 from megatron_swift.checkpoint.weights import TORCH_DTYPES, WeightSource
 from megatron_swift.commands.engine_options import engine_options, sizes
-from megatron_swift.commands.resuming import NothingLeft, remove_unused, resumed_state, run_settings
+from megatron_swift.commands.resuming import (
+    NothingLeft,
+    no_folder_if_refused,
+    remove_unused,
+    resumed_state,
+    run_settings,
+)
 from megatron_swift.commands.run_data import open_rows
 from megatron_swift.commands.saving import RunFolder, checkpoint_to_load, run_folder, saving
 from megatron_swift.commands.setup import RunSetup
@@ -165,7 +171,8 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
     else:
         checkpoint = checkpoint_to_load(setup.load, folder, older=setup.older or ())
         if not args.finetune:  # before the tensors are looked at: it says more than that their shapes differ
-            state = resumed_state(setup, checkpoint, ranks=mesh.world_size, speaks=mesh.rank == 0)
+            with no_folder_if_refused(setup, folder.path, folder.group):
+                state = resumed_state(setup, checkpoint, ranks=mesh.world_size, speaks=mesh.rank == 0)
             if setup.stream is not None and state.data == setup.data.name:
                 places = load_places(checkpoint, lanes=setup.stream.lanes)
         source = MegatronWeights(checkpoint, specs, num_layers=cfg.num_layers)
