@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -246,6 +247,7 @@ def _rank_main(
     function: Callable[..., Any],
     args: Sequence[Any],
 ) -> None:
+    gc.freeze()  # what the parent has made is not looked through: that would copy every page of it
     results = senders[rank]
     held[1].close()
     for other in senders:
