@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,13 @@ class AdamScalars:
         return 1.0 - self.beta2**self.step
 
 
-AdamUpdate = Callable[[Sequence[Updated], AdamScalars], None]
+AdamUpdate = Callable[[Iterable[Updated], AdamScalars], None]
 
 
 @torch.no_grad()
-def plain_adamw(tensors: Sequence[Updated], scalars: AdamScalars) -> None:
+def plain_adamw(tensors: Iterable[Updated], scalars: AdamScalars) -> None:
     """Any device and type. The gradients of the masters' own type are scaled in place."""
+    tensors = list(tensors)
     for decay in sorted({one.weight_decay for one in tensors}):
         group = [one for one in tensors if one.weight_decay == decay]
         grads = [one.grad.to(one.master.dtype) for one in group]

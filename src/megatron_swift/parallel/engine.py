@@ -147,6 +147,7 @@ class Engine:
             router_scale=loss_scale / num_rows,
         )
         self.shards.pull(1.0 / loss_scale)
+        self.shards.issue_grad_norm()  # before the loss is read, for which the host waits
         return self._total(losses)[0] * num_tokens / loss_scale
 
     @torch.no_grad()

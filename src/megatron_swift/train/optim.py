@@ -58,7 +58,8 @@ class Optimizer:
 
     def _adamw(self, lr: float, scale: float) -> None:
         options = self.options
-        tensors = [
+        # One by one: the first is on its way before the second is looked at.
+        tensors = (
             Updated(
                 shard.master.detach(),
                 shard.grad,
@@ -68,7 +69,7 @@ class Optimizer:
             )
             for shard in self.shards
             if shard.grad is not None and shard.master.numel()  # a rank may hold no row of a short parameter
-        ]
+        )
         self.adamw(
             tensors,
             AdamScalars(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import triton
 import triton.language as tl
@@ -46,7 +46,7 @@ def _update(  # type: ignore[no-untyped-def]  # Triton compiles it
         tl.store(copy + at, p.to(copy.dtype.element_ty), inside)
 
 
-def fused_adamw(tensors: Sequence[Updated], scalars: AdamScalars) -> None:
+def fused_adamw(tensors: Iterable[Updated], scalars: AdamScalars) -> None:
     """`kernels.adamw.plain_adamw` for float32 masters on a GPU; gradients of any floating type, read once and left alone."""
     for one in tensors:
         grad = one.grad if one.grad.stride() == one.master.stride() else one.grad.contiguous()
