@@ -138,6 +138,7 @@ REFUSED = {
     "--disable_bias_linear false --num_experts 4": "experts have no bias",
     "--group_query_attention false": "contradicts --num_query_groups 2",
     "--num_query_groups 3": "not a multiple",
+    "--hidden_size 62": "--hidden_size 62 is not a multiple of --num_attention_heads",
     "--attention_dropout 0.1 --attention_backend flash": "excludes --attention_backend flash",
     "--attention_dropout 0.1 --attention_backend cudnn": "excludes --attention_backend cudnn",
     "--moe_router_topk 2": "needs --num_experts",

@@ -3,6 +3,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +155,37 @@ def test_a_trainer_that_ends_in_the_middle_takes_its_workers_along():
     code = trainer.exitcode
     trainer.kill()
     assert code == 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_of_a_killed_trainer_end():
+    """However full their queue is."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def train() -> None:
+        steps = iter(make_loader(num_workers=2, num_steps=2000, prefetch_factor=200))
+        next(steps)
+        sender.send([worker.pid for worker in multiprocessing.active_children()])
+        time.sleep(60)
+
+    trainer = context.Process(target=train)
+    trainer.start()
+    workers = receiver.recv()
+    time.sleep(1)  # they fill what they can
+    assert len(workers) == 2 and all(map(alive, workers))
+    trainer.kill()
+    trainer.join()
+    end = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
 
 
 def evaluate(count: int, **values: object) -> list:

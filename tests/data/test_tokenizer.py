@@ -139,6 +139,7 @@ def test_missing_tokenizer_json(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="is not a folder"):
         Tokenizer.load(tmp_path / "nowhere")
     monkeypatch.setattr(builtins, "__import__", without_transformers)
+    (tmp_path / "vocab.json").write_text("{}")  # there is something to convert
     with pytest.raises(DataError, match=r"has no tokenizer\.json") as caught:
         Tokenizer.load(tmp_path)
     assert caught.value.do == "pip install transformers"
@@ -221,3 +222,15 @@ def test_published_chat_template_gives_the_same_ids(name, template, system):
     if template != "qwen3":  # Qwen3's own template writes an empty thinking block before the last reply
         ids = encode(chosen, ours, messages).ids.tolist()
         assert rendered(rows)[: len(ids)] == ids  # Llama 3's own template opens one more reply, asked or not
+
+
+def test_a_config_alone_is_no_tokenizer(tmp_path):
+    """transformers makes an empty one of a Qwen config, with which every row would be at fault."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(DataError, match=r"has no tokenizer\.json") as caught:
+        Tokenizer.load(tmp_path)
+    assert "copy it" in caught.value.do
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(DataError, match="is a Megatron checkpoint") as caught:
+        Tokenizer.load(tmp_path)
+    assert "--load" in caught.value.do

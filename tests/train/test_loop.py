@@ -123,9 +123,9 @@ def test_intervals_and_the_end(monkeypatch, options, evaluations, saves):
 def test_order_and_what_is_passed_on(monkeypatch):
     run = Run(monkeypatch, "..")(save_interval=1, eval_interval=1, log_params_norm=True)
     kept = {"scale": 1.0, "clean_steps": 0, "overflows_left": 2}
-    first = [("step", 10.0), ("log", 1, 4, 9.0, 7.0), ("eval",), ("shown", 1, 4, 0.5, "iteration 1")]
-    assert run.events[:6] == [*first, ("save", 1, 0, 42, kept), ("pause",)]
-    assert run.events[9] == ("shown", 2, 8, 0.5, "iteration 2 on validation set")
+    first = [("step", 10.0), ("log", 1, 4, 9.0, 7.0), ("save", 1, 0, 42, kept)]
+    assert run.events[:6] == [*first, ("eval",), ("shown", 1, 4, 0.5, "iteration 1"), ("pause",)]
+    assert run.events[10] == ("shown", 2, 8, 0.5, "iteration 2 on validation set")
     assert Run(monkeypatch, ".")().events[1] == ("log", 1, 4, 9.0, None)
 
 
@@ -147,7 +147,7 @@ def test_the_schedule_waits_for_skipped_steps(monkeypatch):
     assert [e[3] for e in run.events if e[0] == "log"] == [9.0, 9.0, 9.0, 8.0, 8.0, 7.0]
     assert (run.state.skipped, run.state.consumed_samples) == (3, 24)
     kept = {"scale": 2.0**30, "clean_steps": 1, "overflows_left": -1}
-    assert run.events[-2] == ("save", 6, 3, 42, kept)
+    assert run.events[-4] == ("save", 6, 3, 42, kept)
 
 
 @pytest.mark.parametrize(("outcome", "word"), [("x", "gradient norm"), ("n", "loss")])

@@ -35,6 +35,12 @@ def check_flags(args: TrainArguments) -> None:
             why="query, key and value are linear layers, too",
             do="leave one of the two out",
         )
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    if hidden is not None and heads is not None and args.kv_channels is None and hidden % heads:
+        raise UsageError(
+            f"--hidden_size {hidden} is not a multiple of --num_attention_heads {heads}",
+            do="change one of them, or give the dimensions of a head as --kv_channels",
+        )
     scaling = args.rope_scaling
     if scaling is not None:
         kind = scaling.get("rope_type", scaling.get("type"))

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ from megatron_swift.data.order import Order, micro_batch_positions, num_micro_ba
 from megatron_swift.data.streaming import Lane, Place, Stream
 from megatron_swift.data.types import IGNORE, Batch, Sample
 from megatron_swift.utils.errors import SwiftError
+
+ORPHANED = 2.0  # seconds until a worker notices that its trainer is dead
 
 
 class Rows(Protocol):
@@ -134,19 +137,28 @@ def _as_they_are(value: Any) -> Any:
     return value
 
 
-def _start_worker(worker: int) -> None:
-    """A signal to the process group is the trainer's to handle; workers end when it closes their queue, dies or says so."""
+def _start_worker(trainer: int, worker: int) -> None:
+    """A signal to the process group is the trainer's to handle; workers end when it closes their queue, dies or says so.
+
+    trainer : its process id.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere torch's own handler ends the worker, whoever sent it
+    if hasattr(signal, "sigtimedwait"):  # elsewhere torch's own handler ends the worker, whoever sent it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the threads to come, too
-        threading.Thread(target=_end_with_trainer, daemon=True).start()
+        threading.Thread(target=_end_with_trainer, args=(trainer,), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _end_with_trainer() -> None:
-    """End at a SIGTERM from the trainer: that is how multiprocessing ends at exit what is left over, and then waits for it."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with_trainer(trainer: int) -> None:
+    """End at a SIGTERM from the trainer, or once it is dead.
+
+    With SIGTERM multiprocessing ends at exit what is left over, and then waits for it. Of a dead trainer torch's worker takes notice, too, but
+    then waits at its own exit for somebody to empty its queue.
+    """
+    while os.getppid() == trainer:
+        said = signal.sigtimedwait({signal.SIGTERM}, ORPHANED)
+        if said is not None and said.si_pid == trainer:
+            break
     os._exit(0)
 
 
@@ -159,7 +171,7 @@ def _with_workers(dataset: Dataset, num_workers: int, prefetch_factor: int, **op
         collate_fn=_as_they_are,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # else every iteration draws from torch's global random state
         **options,
     )

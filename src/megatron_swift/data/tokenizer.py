@@ -13,6 +13,8 @@ from tokenizers import Tokenizer as Backend
 
 from megatron_swift.utils.errors import DataError
 
+# Files that transformers makes a tokenizer of. Without any of them it makes an empty one for some models.
+_OTHERS = ("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 _DEFINING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -174,6 +176,15 @@ def _convert(folder: Path) -> Backend:
     what = f"{folder} has no tokenizer.json"
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder", do="give the folder of a model")
+    if (folder / "latest_checkpointed_iteration.txt").is_file():
+        raise DataError(
+            f"{folder} is a Megatron checkpoint, not a Hugging Face folder",
+            do="give it as --load or --mcore_model, and the model's folder as --model",
+        )
+    if not any(next(folder.glob(pattern), None) for pattern in _OTHERS):
+        raise DataError(
+            what, why="nor any other tokenizer's file", do="copy it and tokenizer_config.json from the model"
+        )
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

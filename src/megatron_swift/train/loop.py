@@ -137,6 +137,10 @@ def _at_intervals(
     last = iteration == options.train_iters
     if options.manual_gc and options.manual_gc_interval and iteration % options.manual_gc_interval == 0:
         gc.collect()
+    if last or stop or iteration % options.save_interval == 0:
+        state.optimizer_steps = optimizer.num_steps
+        state.loss_scale = loss_scale.as_json()
+        actions.save(state)  # before the evaluation, which may fail
     evaluate = actions.evaluate
     due = options.eval_interval > 0 and iteration % options.eval_interval == 0
     if evaluate is not None and (due or last) and not stop:  # whoever stops us may not have the patience
@@ -148,9 +152,5 @@ def _at_intervals(
             outputs.evaluation(iteration, state.consumed_samples, loss, where=where)
         if options.manual_gc:
             gc.collect(generation=0)
-    if last or stop or iteration % options.save_interval == 0:
-        state.optimizer_steps = optimizer.num_steps
-        state.loss_scale = loss_scale.as_json()
-        actions.save(state)
     if outputs is not None:
         outputs.skip_time()
