@@ -14,9 +14,9 @@ from megatron_swift.args.indexed_rules import check_data_source
 from megatron_swift.args.stream_rules import check_streaming
 from megatron_swift.args.training_params import asked_kernel
 from megatron_swift.utils.errors import UsageError
+from megatron_swift.utils.files import TRACKER
 from megatron_swift.utils.log import get_logger
 
-TRACKER = "latest_checkpointed_iteration.txt"
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 SELF_COGNITION = "self-cognition"
 

@@ -22,10 +22,9 @@ from megatron_swift.checkpoint.manifest import MANIFEST, Entry, sum_file, write_
 from megatron_swift.checkpoint.ranks import Group
 from megatron_swift.checkpoint.verify import failure_of, is_ours
 from megatron_swift.utils.errors import StorageError, SwiftError, UsageError
-from megatron_swift.utils.files import fsync_folder, storage_errors, write_text
+from megatron_swift.utils.files import TRACKER, fsync_folder, storage_errors, write_text
 from megatron_swift.utils.log import get_logger
 
-TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # what Megatron's converters call a checkpoint that belongs to no training
 _PUBLISHED = re.compile(r"^iter_(\d{7,})$")
 _LOCK = ".writer"

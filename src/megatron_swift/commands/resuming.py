@@ -22,6 +22,10 @@ class NothingLeft(Exception):
     """The run that --load auto has found is trained to its end; str() says so. No error: a scheduler may start a job once too often."""
 
 
+class Refused(Exception):
+    """This command may not go on with the checkpoint it has found, for the error that is its cause. Nothing has been trained."""
+
+
 def run_settings(setup: RunSetup, *, ranks: int) -> dict[str, Any]:
     """What this run records in its checkpoints."""
     model = dataclasses.asdict(setup.model)
@@ -84,13 +88,12 @@ def _check_position(setup: RunSetup, state: TrainState, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_folder_if_refused(setup: RunSetup, run: Path, group: Group) -> Iterator[None]:
-    """What this command is not allowed to go on with leaves no empty v<N> behind. Every rank is refused the same."""
+def refusing() -> Iterator[None]:
+    """What is raised inside is Refused, if it means that this command may not go on. Every rank is refused the same."""
     try:
         yield
-    except (UsageError, DataError):
-        remove_unused(setup, run, group)
-        raise
+    except (UsageError, DataError) as error:
+        raise Refused from error
 
 
 def remove_unused(setup: RunSetup, run: Path, group: Group) -> None:

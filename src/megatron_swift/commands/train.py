@@ -24,7 +24,8 @@ from megatron_swift.checkpoint.weights import TORCH_DTYPES, WeightSource
 from megatron_swift.commands.engine_options import engine_options, sizes
 from megatron_swift.commands.resuming import (
     NothingLeft,
-    no_folder_if_refused,
+    Refused,
+    refusing,
     remove_unused,
     resumed_state,
     run_settings,
@@ -82,8 +83,10 @@ def run(setup: RunSetup, *, started: float | None = None) -> None:
         _seed(args)
         with run_folder(setup) as folder, listening() as request:
             _train(setup, folder, mesh, request, started)
-    except NothingLeft as reason:
-        remove_unused(setup, folder.path, folder.group)
+    except (NothingLeft, Refused) as reason:
+        remove_unused(setup, folder.path, folder.group)  # not before it is closed
+        if reason.__cause__ is not None:
+            raise reason.__cause__ from None
         if mesh.rank == 0:
             print(reason, flush=True)
     finally:
@@ -171,7 +174,7 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
     else:
         checkpoint = checkpoint_to_load(setup.load, folder, older=setup.older or ())
         if not args.finetune:  # before the tensors are looked at: it says more than that their shapes differ
-            with no_folder_if_refused(setup, folder.path, folder.group):
+            with refusing():
                 state = resumed_state(setup, checkpoint, ranks=mesh.world_size, speaks=mesh.rank == 0)
             if setup.stream is not None and state.data == setup.data.name:
                 places = load_places(checkpoint, lanes=setup.stream.lanes)

@@ -135,7 +135,7 @@ def _edges(part: Part, rows: int) -> tuple[int, ...]:
 def _parts(source: Source) -> Iterator[Part]:
     left = source.request.limit
     sizes = _group_sizes(source)
-    for file, subset in source.at_hub or source.parts:
+    for file, subset in source.files:
         if left == 0:
             return
         stamp, kind = stamp_of(file), _kind(file)
@@ -168,7 +168,7 @@ def _kind(file: AnyFile) -> Kind:
 
 def _group_sizes(source: Source) -> dict[AnyFile, tuple[int, ...]]:
     """Of Parquet files, where all of them are wanted; several at once, for at a hub there may be thousands."""
-    files = [file for file, _ in source.at_hub or source.parts if _kind(file) == "groups"]
+    files = [file for file, _ in source.files if _kind(file) == "groups"]
     if source.request.limit is not None or not files:
         return {}
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -77,7 +77,7 @@ class Hub:
         patterns = [glob.escape(path) for path in only] or PATTERNS
         if offline and self.force:
             raise UsageError(f"--download_mode force_redownload with {offline}=1", do="leave one of the two out")
-        other = "add --use_hf true" if hub == "ms" else "leave out --use_hf and USE_HF to ask ModelScope"
+        other = ask_the_other(hub)
         get_logger().info("%s: asking %s%s", flag, title, f"'s cache, because {offline} is set" if offline else "")
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -100,6 +100,11 @@ class Hub:
                 get_logger().warning("%s: attempt %d of %d failed: %s", flag, attempt, ATTEMPTS, error)
                 time.sleep(PAUSE * attempt)
         raise AssertionError
+
+
+def ask_the_other(hub: HubName) -> str:
+    """How the other hub would be asked."""
+    return "add --use_hf true" if hub == "ms" else "leave out --use_hf and USE_HF to ask ModelScope"
 
 
 def _is_on(variable: str) -> bool:

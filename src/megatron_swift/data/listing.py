@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import quote, quote_plus, urlsplit
 
-from megatron_swift.data.hub import CARD, LARGEST_CARD, NOT_DATA, TITLES, Hub, HubName, card_configs
+from megatron_swift.data.hub import CARD, LARGEST_CARD, NOT_DATA, TITLES, Hub, HubName, ask_the_other, card_configs
 from megatron_swift.data.readers import GLANCE, READERS, holds_lines
 from megatron_swift.data.remote import AnyFile, RemoteFile
 from megatron_swift.data.web import Refused, Unreachable, get
@@ -96,7 +96,7 @@ def list_files(name: str, which: HubName, hub: Hub, *, flag: str) -> Listing:
         why, secret = str(error), False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why, secret = f"its answer is not understood: {error!r}", False
-    other = "add --use_hf true" if which == "ms" else "leave out --use_hf and USE_HF to ask ModelScope"
+    other = ask_the_other(which)
     do = f"check the name and the network, or {other}"
     if secret:
         do = f"check the name; for a private or gated data set give --hub_token; or {other}"

@@ -115,6 +115,11 @@ class Source(NamedTuple):
     at_hub: tuple[tuple[AnyFile, Subset], ...] = ()
 
     @property
+    def files(self) -> tuple[tuple[AnyFile, Subset], ...]:
+        """`at_hub`, else `parts`."""
+        return self.at_hub or self.parts
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The files, each once, in order."""
         return tuple(dict.fromkeys(path for path, _ in self.parts))

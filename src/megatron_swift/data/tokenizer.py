@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from megatron_swift.utils.errors import DataError
+from megatron_swift.utils.files import TRACKER
 
 # Files that transformers makes a tokenizer of. Without any of them it makes an empty one for some models.
 _OTHERS = ("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
@@ -176,7 +177,7 @@ def _convert(folder: Path) -> Backend:
     what = f"{folder} has no tokenizer.json"
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder", do="give the folder of a model")
-    if (folder / "latest_checkpointed_iteration.txt").is_file():
+    if (folder / TRACKER).is_file():
         raise DataError(
             f"{folder} is a Megatron checkpoint, not a Hugging Face folder",
             do="give it as --load or --mcore_model, and the model's folder as --model",

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_swift.utils.errors import StorageError
 
+TRACKER = "latest_checkpointed_iteration.txt"  # by which Megatron knows a folder of checkpoints
 _STORAGE_ERRNOS = {
     errno.ENOSPC,
     errno.EDQUOT,
