@@ -176,3 +176,24 @@ def test_where_it_cannot_run(install, monkeypatch, device, dtype, deterministic,
     assert choice.reason.startswith(own.reason + "; not Transformer Engine: ") and why in choice.reason
     with pytest.raises(ValueError, match=f"Transformer Engine: .*{why}"):
         choose("required", device, dtype)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
+    reason="needs a GPU and Transformer Engine",
+)
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(12, 2, 128), (8, 8, 64)])
+def test_the_real_package(heads, groups, dim):
+    """Against our plain form in float64 on the same values: output and gradients."""
+    choice = choose_core(
+        "required", "auto", device=CUDA, dtype=torch.bfloat16, heads=heads, groups=groups, head_dim=dim
+    )
+    lengths, found = (700, 1, 30, 293), []
+    values = torch.randn(1024, heads + 2 * groups, dim, generator=torch.Generator().manual_seed(0)).bfloat16().to(CUDA)
+    for form, dtype in ((choice.core, torch.bfloat16), (plain_attention, torch.float64)):
+        leaf = values.to(dtype).requires_grad_()
+        out = form(*leaf.split((heads, groups, groups), 1), Segments.of(lengths, CUDA))
+        out.backward(torch.cos(torch.arange(out.numel(), device=CUDA)).view(out.shape).to(dtype))
+        found.append((out.detach().double(), leaf.grad.double()))
+    for mine, exact in zip(*found, strict=True):
+        assert (mine - exact).norm() <= 6e-3 * exact.norm()

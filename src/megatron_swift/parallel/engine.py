@@ -17,6 +17,7 @@ from megatron_swift.kernels.attention import Segments
 from megatron_swift.kernels.cross_entropy import ChunkedLoss, choose_chunked, linear_cross_entropy, plain_softmax
 from megatron_swift.kernels.grouped_linear import choose_grouped
 from megatron_swift.kernels.layers import choose_layer_kernels
+from megatron_swift.kernels.router import choose_gate
 from megatron_swift.kernels.te_attention import choose_core
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row, build_decoder
@@ -401,11 +402,15 @@ def _install_experts(
     product, kernels["experts"] = choose_grouped(
         options.grouped_experts, dtype=options.compute_dtype, device=mesh.device, sizes=sizes
     )
+    dtypes = (options.router.dtype, options.compute_dtype)
+    gate, said = choose_gate(mesh.device, dtypes, num_experts=cfg.moe.num_experts)
+    kernels["experts"] += f"; {said}"
     expert_parallel.install(
         model,
         mesh,
         dispatcher=options.dispatcher,
         router=options.router,
+        gate=gate,
         product=product,
         fused="swiglu" not in options.unfused,
         overlap=options.overlap_shared_expert,
