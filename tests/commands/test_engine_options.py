@@ -20,6 +20,8 @@ def folder(tmp_path_factory):
         ("--no_rope_fusion true", "unfused", ("rope",)),
         ("--no_bias_swiglu_fusion true --no_rope_fusion true", "unfused", ("rope", "swiglu")),
         ("--cross_entropy_loss_fusion true", "chunked_cross_entropy", True),
+        ("", "transformer_engine", "where it runs"),
+        ("--transformer_impl local", "transformer_engine", "never"),
     ],
 )
 def test_switches_reach_the_engine(folder, tmp_path, flags, name, value):

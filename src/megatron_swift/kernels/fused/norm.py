@@ -123,7 +123,7 @@ def norm_backward(
     normalised = torch.empty_like(x) if again else None
     rows, block, warps = _tile(columns)
     tiles = triton.cdiv(number, rows)
-    programs = max(min(tiles, _PROGRAMS_PER_PROCESSOR * _processors(x.device)), 1)
+    programs = max(min(tiles, _PROGRAMS_PER_PROCESSOR * processors(x.device)), 1)
     partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     _backward[(programs,)](
         x,
@@ -146,7 +146,8 @@ def norm_backward(
     return dx, partial.sum(0).to(weight.dtype), normalised
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 under the interpreter, so that programs share tiles there, too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
