@@ -150,8 +150,8 @@ def product(a: Side, b: Side, *, fast: bool, dtype: torch.dtype = torch.bfloat16
     """
     if not a.values.is_cuda:
         return (a.whole() @ b.whole().t()).to(dtype)
-    if not len(a.values):
-        return a.values.new_empty(0, len(b.values), dtype=dtype)
+    if not a.values.numel():  # no tokens
+        return torch.zeros(len(a.values), len(b.values), dtype=dtype, device=a.values.device)
     if a.kind in ("tensor", "row"):
         return torch._scaled_mm(
             a.values,

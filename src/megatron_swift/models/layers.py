@@ -33,7 +33,7 @@ def new_parameter(*shape: int) -> nn.Parameter:
 class RMSNorm(nn.Module):
     """A norm of its own (q, k and the final one); the other norms live inside the linear layer they feed.
 
-    `kernels`, here and below: the forms of what lies between the matrix products.
+    `kernels`, here and below: the forms of what lies between the matrix products, and of the products of linear layers.
     """
 
     def __init__(self, size: int, epsilon: float):
@@ -79,7 +79,7 @@ class Linear(nn.Module):
         self.kernels = PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.with_bias(self.leave(F.linear(self.enter(x), self.weight)))
+        return self.with_bias(self.leave(self.kernels.linear(self.enter(x), self.weight, None)))
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """forward(silu(gate) * up), gate_up [T, 2 * in_features]: gates, then ups."""
@@ -122,7 +122,9 @@ class NormLinear(nn.Module):
         forgets = self.kernels.norm_linear is not PLAIN.norm_linear  # the fused form keeps x alone in any case
         if self.enter is identity and self.layer_norm_bias is None and (forgets or not self.norm_again):
             return self.kernels.norm_linear(x, self.layer_norm_weight, self.weight, self.bias, self.epsilon)
-        return through(self._entering, lambda y: F.linear(y, self.weight, self.bias), x, again=self.norm_again)
+        return through(
+            self._entering, lambda y: self.kernels.linear(y, self.weight, self.bias), x, again=self.norm_again
+        )
 
     def _entering(self, x: Tensor) -> Tensor:
         return self.enter(self.normalise(x))

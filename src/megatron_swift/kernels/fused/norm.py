@@ -10,11 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_swift.kernels.fused.fp8 import SLOTS, magnitude
+
 _PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each keeps a row of the weight's gradient in registers
 
 
 @triton.jit
-def _forward(x, weight, y, rstd, rows, columns, epsilon, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton compiles it
+def _forward(  # type: ignore[no-untyped-def]  # Triton compiles it
+    x,
+    weight,
+    y,
+    rstd,
+    amax,
+    rows,
+    columns,
+    epsilon,
+    AMAX: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     at = row[:, None] * columns + column[None, :]
@@ -24,8 +39,11 @@ def _forward(x, weight, y, rstd, rows, columns, epsilon, ROWS: tl.constexpr, BLO
     w = tl.load(weight + column, column < columns, 0.0).to(tl.float32)
     # Rounded before the product with the weight, as the plain form does it.
     scaled = (v * r[:, None]).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + at, (scaled * w[None, :]).to(y.dtype.element_ty), inside)
+    out = (scaled * w[None, :]).to(y.dtype.element_ty)
+    tl.store(y + at, out, inside)
     tl.store(rstd + row, r, row < rows)
+    if AMAX:
+        tl.atomic_max(amax + tl.program_id(0) % SLOTS, tl.max(tl.max(magnitude(out), 1), 0), sem="relaxed")
 
 
 @triton.jit
@@ -71,15 +89,30 @@ def _tile(columns: int) -> tuple[int, int, int]:
     return max(1, 1024 // block), block, 4 if block <= 2048 else 8
 
 
-def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x [..., H] contiguous -> its RMSNorm, and 1 / root mean square float32 [number of rows]."""
+def norm_forward(x: Tensor, weight: Tensor, epsilon: float, *, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., H] contiguous -> its RMSNorm, and 1 / root mean square float32 [number of rows].
+
+    amax : `fused.fp8.amax_slots`, where the largest value of the norm shall be left.
+    """
     columns = x.shape[-1]
     number = x.numel() // columns
     y, rstd = torch.empty_like(x), torch.empty(number, dtype=torch.float32, device=x.device)
     rows, block, warps = _tile(columns)
     if number:
         _forward[(triton.cdiv(number, rows),)](
-            x, weight, y, rstd, number, columns, epsilon, ROWS=rows, BLOCK=block, num_warps=warps
+            x,
+            weight,
+            y,
+            rstd,
+            rstd if amax is None else amax,
+            number,
+            columns,
+            epsilon,
+            AMAX=amax is not None,
+            SLOTS=SLOTS,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=warps,
         )
     return y, rstd
 
