@@ -277,8 +277,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     chunks = []
     if options.tp_comm_overlap:
         require_symmetric_memory(mesh.tp, device)
-    stays = not (sharded and options.sharding is Sharding.OPTIM_GRADS_PARAMS)
-    fp8 = choose_fp8(options.fp8, device=device, dtype=options.compute_dtype, keep_weights=stays)
+    fp8 = _choose_fp8(options, device, sharded=sharded)
     for number in range(options.chunks_per_rank):
         stage = number * mesh.pp.size + mesh.pp.rank
         model = build_decoder(
@@ -323,6 +322,11 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
         routers=RouterTotals(cfg, mesh) if cfg.moe is not None else None,
         fp8=fp8,
     )
+
+
+def _choose_fp8(options: EngineOptions, device: torch.device, *, sharded: bool) -> Fp8Linears | None:
+    stay = not (sharded and options.sharding is Sharding.OPTIM_GRADS_PARAMS)
+    return choose_fp8(options.fp8, device=device, dtype=options.compute_dtype, keep_weights=stay)
 
 
 def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]:
