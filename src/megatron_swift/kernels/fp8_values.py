@@ -116,9 +116,9 @@ def plain_quantise(
 
 def _along_rows(exact: Tensor, dtype: torch.dtype, recipe: Recipe) -> Side:
     size, columns = exact.shape
-    width = BLOCK if recipe == "blockwise" else columns
-    parts = exact.view(size, -1, width)
-    amax = parts.abs().amax(-1) if parts.numel() else exact.new_zeros(size, columns // width)
+    count, width = (columns // BLOCK, BLOCK) if recipe == "blockwise" else (1, columns)
+    parts = exact.view(size, count, width)
+    amax = parts.abs().amax(-1) if parts.numel() else exact.new_zeros(size, count)
     scale = _power_of_two(amax, dtype)
     values = (parts * (1.0 / scale)[..., None]).to(dtype).view(size, columns)
     return Side(values, scale, "row") if recipe == "rowwise" else Side(values, scale.t().contiguous().t(), "vector")
@@ -152,24 +152,18 @@ def product(a: Side, b: Side, *, fast: bool, dtype: torch.dtype = torch.bfloat16
         return (a.whole() @ b.whole().t()).to(dtype)
     if not a.values.numel():  # no tokens
         return torch.zeros(len(a.values), len(b.values), dtype=dtype, device=a.values.device)
+    return scaled_product(a, b, fast=fast, dtype=dtype)
+
+
+def scaled_product(a: Side, b: Side, *, fast: bool, dtype: torch.dtype) -> Tensor:
+    """`product` by torch's scaled matrix products."""
     if a.kind in ("tensor", "row"):
+        scale = b.scale.t() if b.kind == "row" else b.scale
         return torch._scaled_mm(
-            a.values,
-            b.values.t(),
-            scale_a=a.scale,
-            scale_b=b.scale.t() if b.kind == "row" else b.scale,
-            out_dtype=dtype,
-            use_fast_accum=fast,
+            a.values, b.values.t(), scale_a=a.scale, scale_b=scale, out_dtype=dtype, use_fast_accum=fast
         )
     # torch.nn.functional.scaled_mm: unlike _scaled_mm it knows the padding of a block's scales. Adding up in float32 is part of the recipe.
     how: Any = F.ScalingType
     kinds = {"vector": how.BlockWise1x128, "block": how.BlockWise128x128}
-    return F.scaled_mm(
-        a.values,
-        b.values.t(),
-        a.scale,
-        kinds[a.kind],
-        b.scale.t() if b.kind == "block" else b.scale,
-        kinds[b.kind],
-        output_dtype=dtype,
-    )
+    scale = b.scale.t() if b.kind == "block" else b.scale
+    return F.scaled_mm(a.values, b.values.t(), a.scale, kinds[a.kind], scale, kinds[b.kind], output_dtype=dtype)
