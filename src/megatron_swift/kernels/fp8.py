@@ -58,7 +58,7 @@ class Fp8Linears:
     def __init__(self, options: Fp8Options, *, keep_weights: bool = True, sentence: str = ""):
         self.options, self.keep_weights, self.sentence = options, keep_weights, sentence
         self._weights: dict[int, _Held] = {}
-        self._measured: tuple[Tensor, Tensor] | None = None
+        self._measured: tuple[Tensor, int, Tensor] | None = None
 
     def forget(self) -> None:
         """Drop what is held between products."""
@@ -143,15 +143,15 @@ class Fp8Linears:
 
     def measured(self, grad: Tensor, amax: Tensor) -> None:
         """The next product may be given this gradient, whose largest value is known."""
-        self._measured = (grad, amax)
+        self._measured = (grad, grad._version, amax)
 
     def _known(self, grad: Tensor) -> Tensor | None:
         """amax of grad, if it is the tensor that was measured last. That one was kept alive, so none other can lie at its place."""
         found, self._measured = self._measured, None
         if found is None or self.options.recipe != "tensorwise":
             return None
-        other, amax = found
-        same = grad.data_ptr() == other.data_ptr() and grad.shape == other.shape and grad._version == other._version
+        other, version, amax = found
+        same = grad.data_ptr() == other.data_ptr() and grad.shape == other.shape and grad._version == version
         return amax if same else None
 
     @property
