@@ -245,7 +245,9 @@ def ways(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"": {}}
     for recipe in arguments.fp8_recipe:
         kind = "e4m3" if recipe == "blockwise" else arguments.fp8_format
-        found[f"-{kind}-{recipe}"] = {"fp8": Fp8Options(format=kind, recipe=recipe)}
+        for fast in (False, True) if arguments.fp8_fast_backward and recipe != "blockwise" else (False,):
+            options = Fp8Options(format=kind, recipe=recipe, fast_backward=fast)
+            found[f"-{kind}-{recipe}{'-fast' if fast else ''}"] = {"fp8": options}
     return found
 
 
@@ -259,6 +261,7 @@ def main() -> None:
     parser.add_argument(
         "--fp8_recipe", nargs="+", choices=("tensorwise", "rowwise", "blockwise"), default=["tensorwise"]
     )
+    parser.add_argument("--fp8_fast_backward", action="store_true", help="the same with fast sums in the backward pass")
     parser.add_argument("--profile", type=Path, help="folder for a table of one step's kernels per case")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()

@@ -215,3 +215,24 @@ def test_kernels_leave_the_largest_value_of_what_they_write():
 def test_padding_and_reach():
     assert [fp8_values.padded(17, recipe) for recipe in RECIPES] == [32, 32, 128]
     assert {dtype: torch.finfo(dtype).max for dtype in LARGEST} == LARGEST
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+    reason="needs a GPU with 8-bit products",
+)
+@recipes
+@pytest.mark.parametrize("grad", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("number", [0, 256, 333])
+def test_products_on_a_gpu(recipe, grad, number):
+    """All three of a layer, exact sums and fast ones, against the numbers that the operands stand for."""
+    if recipe == "blockwise" and (grad is E5M2 or torch.cuda.get_device_capability()[0] != 9):
+        pytest.skip("torch has no such product")
+    x, w, g = (t.cuda() for t in (random(number, 384), random(640, 384, seed=1), random(number, 640, seed=2)))
+    qx, qg = (fp8_values.quantise(v, kind, recipe) for v, kind in ((x, E4M3), (g, grad)))
+    qw = fp8_values.quantise(w, E4M3, recipe, weight=True)
+    for a, b in ((qx.rows, qw.rows), (qg.rows, qw.columns), (qg.columns, qx.columns)):
+        exact = a.whole().double() @ b.whole().double().t()
+        for fast, tolerance in ((False, 4e-3), (True, 2e-2)):
+            mine = product(a, b, fast=fast).double()
+            assert mine.shape == exact.shape and (mine - exact).norm() <= tolerance * exact.norm()

@@ -19,17 +19,18 @@ from megatron_swift.kernels.layers import PLAIN, LayerKernels
 from megatron_swift.kernels.triton_runs import why_no_triton
 from megatron_swift.utils.errors import UsageError
 
-# Sums within the tensor cores alone, of the forward pass and of the two products of the backward pass: as Transformer Engine's
-# recipes have it, whose backward products are added up in float32 on the way.
-_FAST_FORWARD, _FAST_BACKWARD = True, False
-
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Options:
-    """format: hybrid (gradients in e5m2) or e4m3.  recipe: what shares a scale."""
+    """format: hybrid (gradients in e5m2) or e4m3.  recipe: what shares a scale.
+
+    fast_backward : sum the products of the backward pass within the tensor cores alone, as those of the forward pass (`product`). As in
+                    Transformer Engine's recipes they are not, since errors of gradients add up over steps.
+    """
 
     format: Literal["hybrid", "e4m3"]
     recipe: Recipe = "tensorwise"
+    fast_backward: bool = False
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -94,7 +95,7 @@ class Fp8Linears:
         entering = quantise(x, torch.float8_e4m3fn, recipe, columns=train, amax=amax)
         held = self.weight(weight, columns=train and self.keep_weights)
         assert entering.rows is not None and held.rows is not None
-        y = _first(product(entering.rows, held.rows, fast=_FAST_FORWARD, dtype=x.dtype), len(x))
+        y = _first(product(entering.rows, held.rows, fast=True, dtype=x.dtype), len(x))
         ctx.held = held if self.keep_weights else None
         ctx.fp8, ctx.with_bias = self, bias is not None
         if entering.columns is None:
@@ -121,10 +122,12 @@ class Fp8Linears:
         if leaving.rows is not None:
             held = ctx.held or self.weight(weight, rows=False)
             assert held.columns is not None
-            d_x = _first(product(leaving.rows, held.columns, fast=_FAST_BACKWARD, dtype=grad.dtype), len(grad))
+            d_x = _first(
+                product(leaving.rows, held.columns, fast=self.options.fast_backward, dtype=grad.dtype), len(grad)
+            )
         if leaving.columns is not None:
             entered = Side(values, scale, ctx.kind)
-            d_weight = product(leaving.columns, entered, fast=_FAST_BACKWARD, dtype=weight.dtype)
+            d_weight = product(leaving.columns, entered, fast=self.options.fast_backward, dtype=weight.dtype)
         return d_x, d_weight, grad.sum(0) if ctx.with_bias else None
 
     def weight(self, weight: Tensor, *, rows: bool = True, columns: bool = True) -> Quantised:

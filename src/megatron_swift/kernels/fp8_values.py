@@ -103,7 +103,9 @@ def plain_quantise(
     if recipe == "tensorwise":
         largest = LARGEST[dtype]
         amax = _floored(exact.abs().max() if exact.numel() else exact.new_zeros(()))
-        values, scale = (exact * (largest / amax)).to(dtype), (amax / largest).reshape(1)
+        # Both divided as such: a number over a tensor would be its reciprocal times the number, rounded twice.
+        inverse = torch.full_like(amax, largest) / amax
+        values, scale = (exact * inverse).to(dtype), (amax / largest).reshape(1)
         return Quantised(
             Side(values, scale, "tensor") if rows else None,
             Side(values.t().contiguous(), scale, "tensor") if columns else None,
