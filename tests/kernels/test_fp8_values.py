@@ -146,7 +146,7 @@ def test_torchs_scaled_product_is_the_product(recipe):
 
 
 def test_scales_lie_as_torch_wants_them():
-    """ATen/native/cuda/ScaledBlas.cpp: vectors [R, C / 128] with strides (1, R); blocks transposed, C / 128 rounded up to 4."""
+    """ATen/native/cuda/ScaledBlas.cpp: vectors [R, C / 128] with strides (1, R); blocks [R / 128, C / 128 rounded up to 4]."""
     vector = parts(random(300, 640), E4M3, "blockwise")
     assert [(s.scale.shape, s.scale.stride()) for s in vector] == [((384, 5), (1, 384)), ((640, 3), (1, 640))]
     square = parts(random(384, 640), E4M3, "blockwise", weight=True)

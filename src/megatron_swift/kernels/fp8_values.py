@@ -159,13 +159,21 @@ def product(a: Side, b: Side, *, fast: bool, dtype: torch.dtype = torch.bfloat16
 
 def scaled_product(a: Side, b: Side, *, fast: bool, dtype: torch.dtype) -> Tensor:
     """`product` by torch's scaled matrix products."""
-    if a.kind in ("tensor", "row"):
-        scale = b.scale.t() if b.kind == "row" else b.scale
-        return torch._scaled_mm(
-            a.values, b.values.t(), scale_a=a.scale, scale_b=scale, out_dtype=dtype, use_fast_accum=fast
-        )
-    # torch.nn.functional.scaled_mm: unlike _scaled_mm it knows the padding of a block's scales. Adding up in float32 is part of the recipe.
+    if b.kind == "block" and b.values.shape[1] % (4 * BLOCK):
+        return padded_block_product(a, b, dtype=dtype)
+    # Adding up in float32 is part of the recipe of blocks.
+    fast = fast and a.kind in ("tensor", "row")
+    return torch._scaled_mm(
+        a.values, b.values.t(), scale_a=a.scale, scale_b=b.scale.t(), out_dtype=dtype, use_fast_accum=fast
+    )
+
+
+def padded_block_product(a: Side, b: Side, *, dtype: torch.dtype) -> Tensor:
+    """`product` of a vector and a block side by torch.nn.functional.scaled_mm, which knows that a row of blocks' scales is padded.
+
+    It takes e4m3 alone, as _scaled_mm does not say; shapes are those of torch 2.11 and later.
+    """
     how: Any = F.ScalingType
-    kinds = {"vector": how.BlockWise1x128, "block": how.BlockWise128x128}
-    scale = b.scale.t() if b.kind == "block" else b.scale
-    return F.scaled_mm(a.values, b.values.t(), a.scale, kinds[a.kind], scale, kinds[b.kind], output_dtype=dtype)
+    return F.scaled_mm(
+        a.values, b.values.t(), a.scale, how.BlockWise1x128, b.scale.t(), how.BlockWise128x128, output_dtype=dtype
+    )
