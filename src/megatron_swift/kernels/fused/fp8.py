@@ -177,29 +177,31 @@ def _cast_blockwise(  # type: ignore[no-untyped-def]  # Triton compiles it
     down, right = tl.program_id(0) // across, tl.program_id(0) % across
     row = (down * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     column = (right * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    v = tl.load(x + row[:, None] * k + column[None, :], (row < n)[:, None], 0.0).to(tl.float32)
-    bits = magnitude(v)
+    raw = tl.load(x + row[:, None] * k + column[None, :], (row < n)[:, None], 0.0)
     if SQUARE:
-        one = _power_of_two(tl.max(tl.max(bits, 1), 0), TOP, SMALL)
-        v = v * (1.0 / one)
+        one = _power_of_two(tl.max(tl.max(magnitude(raw), 1), 0), TOP, SMALL)
     if ROWS:
         if SQUARE:
             tl.store(row_scale + down * row_stride + right, one)
-            tl.store(rows + row[:, None] * k + column[None, :], _to_8_bits(v, rows, TOP, SOFT))
+            scaled = raw.to(tl.float32) * (1.0 / one)
         else:
-            of_row = _power_of_two(tl.max(bits, 1), TOP, SMALL)
+            of_row = _power_of_two(tl.max(magnitude(raw), 1), TOP, SMALL)
             tl.store(row_scale + right * row_stride + row, of_row)
-            scaled = v * (1.0 / of_row)[:, None]
-            tl.store(rows + row[:, None] * k + column[None, :], _to_8_bits(scaled, rows, TOP, SOFT))
+            scaled = raw.to(tl.float32) * (1.0 / of_row)[:, None]
+        tl.store(rows + row[:, None] * k + column[None, :], _to_8_bits(scaled, rows, TOP, SOFT))
     if COLUMNS:
+        turned = tl.trans(raw)  # before it is cast: the hardware turns 16-bit values
         if SQUARE:
             tl.store(column_scale + right * column_stride + down, one)
-            turned = tl.trans(_to_8_bits(v, columns, TOP, SOFT))
+            scaled = turned.to(tl.float32) * (1.0 / one)
         else:
-            of_column = _power_of_two(tl.max(bits, 0), TOP, SMALL)
+            of_column = _power_of_two(tl.max(magnitude(raw), 0), TOP, SMALL)
             tl.store(column_scale + down * column_stride + column, of_column)
-            turned = tl.trans(_to_8_bits(v * (1.0 / of_column)[None, :], columns, TOP, SOFT))
-        tl.store(columns + column[:, None] * padded_n + row[None, :], turned)
+            # Read back: a value at hand would have the compiler turn the cast tile, byte by byte, instead of the 16-bit one.
+            tl.debug_barrier()
+            of_column = tl.load(column_scale + down * column_stride + column)
+            scaled = turned.to(tl.float32) * (1.0 / of_column)[:, None]
+        tl.store(columns + column[:, None] * padded_n + row[None, :], _to_8_bits(scaled, columns, TOP, SOFT))
 
 
 def interpreted() -> bool:
