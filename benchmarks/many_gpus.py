@@ -2,6 +2,7 @@
 
     python benchmarks/many_gpus.py [--gpus N] [--parts numbers speed scaling peers] [--out FILE] [--trace FOLDER]
     python benchmarks/many_gpus.py --rehearse --gpus 8        # the same lines on CPU and gloo, tiny shapes
+    LD_PRELOAD=libnccl.so.2 python benchmarks/many_gpus.py --one_gpu --gpus 4 --parts numbers     # NCCL between ranks that share one GPU
 
 numbers : 3 optimizer steps of a small dense and a small MoE model under each layout, against one process of it: losses and gradient norms of every
           step and the norm of the parameters at the end, relative differences. float32 (TF32 off) to 1e-4; bfloat16 to 3e-2.
@@ -9,6 +10,9 @@ speed   : the settings of ms-swift's two benchmarks, cut to fit: Qwen2.5-14B's s
           Qwen1.5-MoE-A2.7B, TP 2, EP 4. Beside each, our own ZeRO-3. s/it, tokens/s/GPU, model TFLOP/s/GPU, GiB; NCCL time under compute.
 scaling : Qwen2.5-1.5B's shape on 1, 2, 4, 8 GPUs, the batch growing with them; TP 2 with and without --tp_comm_overlap.
 peers   : the 14B shape in transformers with FSDP2 (fully_shard), what a user would pick.
+
+--one_gpu shows that NCCL and symmetric memory give the same numbers where there is a single GPU; it says nothing of speed, as the ranks take
+turns on it. It takes NCCL 2.30 or later (preloaded where torch comes with an older one).
 
 Each job runs in processes of its own, forked from one that has imported torch; one that fails is recorded and the next one runs.
 """
@@ -122,6 +126,8 @@ LAYOUTS: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("tp2", {"tp": 2}, {}),
     ("tp2 sp", {"tp": 2}, SP),
     ("tp4 sp", {"tp": 4}, SP),
+    ("tp2 sp overlap", {"tp": 2}, SP | {"tp_comm_overlap": True}),
+    ("tp4 sp overlap", {"tp": 4}, SP | {"tp_comm_overlap": True}),
     ("pp2", {"pp": 2}, {}),
     ("pp2 virtual", {"pp": 2}, {"chunks_per_rank": 2}),
     ("pp4", {"pp": 4}, {}),
@@ -303,8 +309,10 @@ def covered(spans: Sequence[tuple[float, float]], by: Sequence[tuple[float, floa
     return total
 
 
-def rank_job(rank: int, job: Job, rehearse: bool, trace: str | None) -> dict[str, Any]:
-    """A job on one rank, in a fresh process."""
+def rank_job(rank: int, job: Job, rehearse: bool, trace: str | None, one_gpu: bool) -> dict[str, Any]:
+    """A job on one rank, in a fresh process. one_gpu: all ranks are on the first GPU."""
+    if one_gpu:
+        os.environ["LOCAL_RANK"] = "0"
     cfg = models(rehearse)[job.model].replace(dtype=job.dtype)
     return do(job, cfg, trace)
 
@@ -320,10 +328,10 @@ def line(result: dict[str, Any]) -> str:
 # --- the parent ------------------------------------------------------------------------------------------------------
 
 
-def run_job(job: Job, *, rehearse: bool, trace: str | None, timeout: float) -> dict[str, Any]:
+def run_job(job: Job, *, rehearse: bool, trace: str | None, timeout: float, one_gpu: bool = False) -> dict[str, Any]:
     """The job and what rank 0 found, or the error of the ranks; said in a line."""
     try:
-        result = run_ranks(rank_job, job.ranks, job, rehearse, trace, timeout=timeout)[0]
+        result = run_ranks(rank_job, job.ranks, job, rehearse, trace, one_gpu, timeout=timeout)[0]
     except (AssertionError, RuntimeError, TimeoutError) as error:
         result = {"error": str(error)[-1500:]}
     print(f"{job.part:8s} {job.ranks} ranks  {job.model:9s} {job.dtype:8s} {job.name:16s} {line(result)}", flush=True)
@@ -373,19 +381,28 @@ def main() -> None:
         "--parts", nargs="+", choices=("numbers", "speed", "scaling", "peers"), default=["numbers", "speed", "scaling"]
     )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on the CPU where there is no GPU")
+    parser.add_argument("--one_gpu", action="store_true", help="all ranks share the first GPU: numbers only")
+    parser.add_argument("--dtypes", nargs="+", choices=BOUNDS, default=list(BOUNDS), help="of the part numbers")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for one job")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--trace", help="folder for Chrome traces of one step of each speed job")
     arguments = parser.parse_args()
     makers = {"numbers": numbers_jobs, "speed": speed_jobs, "scaling": scaling_jobs}
     jobs = [job for part in arguments.parts if part in makers for job in makers[part](arguments.gpus)]
+    jobs = [job for job in jobs if job.part != "numbers" or job.dtype in arguments.dtypes]
+    if arguments.one_gpu:
+        jobs = [job for job in jobs if job.part == "numbers"]
+        # NCCL refuses ranks that share a GPU, and torch's symmetric memory does, unless they are told.
+        os.environ.update(NCCL_MULTI_RANK_GPU_ENABLE="1", TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1")
     if arguments.rehearse:
         jobs = [
             rehearsed(job)
             for job in jobs
             if not job.options.get("tp_comm_overlap") and not (job.part == "numbers" and job.dtype == "bfloat16")
         ]
-    settings = dict(rehearse=arguments.rehearse, trace=arguments.trace, timeout=arguments.timeout)
+    settings = dict(
+        rehearse=arguments.rehearse, trace=arguments.trace, one_gpu=arguments.one_gpu, timeout=arguments.timeout
+    )
     results = [run_job(job, **settings) for job in jobs]
     if "peers" in arguments.parts:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.gpus}"]

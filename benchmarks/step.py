@@ -1,10 +1,11 @@
 """Our training step beside a plain transformers loop: same weights, same rows, same optimizer, alternating in one process.
 
-    python benchmarks/step.py [--steps 5] [--rows 16] [--layers 30] [--dtype float32] [--out FILE]
+    python benchmarks/step.py [--models dense moe] [--steps 5] [--rows 16] [--dtype float32] [--out FILE]
 
-The model has SmolLM2-135M's shape with random weights (no download); the rows have the lengths of the demo's conversations, half of each
-trained. transformers pads its batch and masks it; we pack. Both use torch's fused AdamW and clip to 1. Prints JSON; only ratios measured
-side by side mean anything on a shared machine.
+Random weights (no download) in the shapes of SmolLM2-135M (dense) and of a Qwen2-MoE of about as many parameters, 16 experts, 4 per token
+and a shared one (moe; transformers computes its experts in its own default way). The rows have the lengths of the demo's conversations, half
+of each trained. transformers pads its batch and masks it; we pack. Both use torch's fused AdamW and clip to 1. Prints JSON; only ratios
+measured side by side mean anything on a shared machine. Exit code 1 where ours is the slower one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,25 +38,37 @@ from megatron_swift.train.precision import LossScale
 from megatron_swift.train.state import load_weights
 from megatron_swift.train.step import train_step
 
+VOCABULARY = 49152
 LR, WEIGHT_DECAY, BETAS, CLIP = 1e-4, 0.1, (0.9, 0.95), 1.0
 
 
-def make_model(folder: Path, *, layers: int, dtype: str) -> transformers.PreTrainedModel:
-    """SmolLM2-135M's shape, random weights, saved to `folder`."""
+def make_model(folder: Path, name: str, *, dtype: str) -> transformers.PreTrainedModel:
+    """A model of the named shape with random weights, saved to `folder`."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    sizes = dict(
         hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
-        vocab_size=49152,
+        vocab_size=VOCABULARY,
         tie_word_embeddings=True,
         max_position_embeddings=8192,
     )
-    model = transformers.LlamaForCausalLM(config).to(TORCH_DTYPES[dtype])
+    config: transformers.PretrainedConfig
+    if name == "dense":
+        config = transformers.LlamaConfig(intermediate_size=1536, num_hidden_layers=30, **sizes)
+    else:
+        config = transformers.Qwen2MoeConfig(
+            num_hidden_layers=8,
+            num_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=384,
+            shared_expert_intermediate_size=1536,
+            router_aux_loss_coef=0.0,
+            **sizes,
+        )
+    model = transformers.AutoModelForCausalLM.from_config(config).to(TORCH_DTYPES[dtype])
     model.save_pretrained(folder)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def make_samples(num_rows: int, *, longest: int) -> list[Sample]:
@@ -62,7 +76,7 @@ def make_samples(num_rows: int, *, longest: int) -> list[Sample]:
     rng = np.random.default_rng(0)
     samples = []
     for length in rng.integers(longest // 4, longest + 1, num_rows):
-        ids = rng.integers(0, 49152, length).astype(np.int32)
+        ids = rng.integers(0, VOCABULARY, length).astype(np.int32)
         labels = np.where(np.arange(length) < length // 2, IGNORE, ids).astype(np.int32)
         samples.append(Sample(ids, labels))
     return samples
@@ -94,8 +108,8 @@ def theirs(model: transformers.PreTrainedModel, samples: list[Sample]) -> Callab
 
 def ours(folder: Path, samples: list[Sample], *, dtype: str) -> Callable[[], float]:
     """One step of the product's engine on the packed batch."""
-    family = FAMILIES["llama"]
-    cfg = family.read_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    cfg = FAMILIES[written["model_type"]].read_config(written)
     engine = build_engine(
         cfg, start(backend="nccl", timeout_minutes=1), EngineOptions(compute_dtype=TORCH_DTYPES[dtype])
     )
@@ -110,56 +124,59 @@ def ours(folder: Path, samples: list[Sample], *, dtype: str) -> Callable[[], flo
     return step
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, object]:
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """Alternate the two steps and report medians, their ratio and both loss sequences."""
     samples = make_samples(arguments.rows, longest=arguments.longest)
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder), layers=arguments.layers, dtype=arguments.dtype)
+        model = make_model(Path(folder), name, dtype=arguments.dtype)
         steps = {"transformers": theirs(model, samples), "ours": ours(Path(folder), samples, dtype=arguments.dtype)}
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        losses: dict[str, list[float]] = {name: [] for name in steps}
+        seconds: dict[str, list[float]] = {side: [] for side in steps}
+        losses: dict[str, list[float]] = {side: [] for side in steps}
         for number in range(arguments.steps + 1):  # the first one warms up
-            for name, step in steps.items():
+            for side, step in steps.items():
                 began = time.perf_counter()
-                losses[name].append(round(step(), 6))
+                losses[side].append(round(step(), 6))
                 if number:
-                    seconds[name].append(time.perf_counter() - began)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+                    seconds[side].append(time.perf_counter() - began)
+    median = {side: statistics.median(values) for side, values in seconds.items()}
     return {
-        "case": f"SmolLM2-135M shape, {arguments.layers} layers, {arguments.rows} rows up to {arguments.longest} tokens, {arguments.dtype}",
+        "case": f"{name}, {model.num_parameters() / 1e6:.0f} M parameters, {arguments.rows} rows up to {arguments.longest} tokens, "
+        + arguments.dtype,
         "tokens": sum(len(s.ids) for s in samples),
-        "seconds_per_step": {name: round(value, 4) for name, value in median.items()},
+        "seconds_per_step": {side: round(value, 4) for side, value in median.items()},
         "transformers_over_ours": round(median["transformers"] / median["ours"], 3),
         "losses": losses,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "commit": commit,
     }
 
 
 def main() -> None:
     """Parse, measure, print and perhaps keep the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("dense", "moe"), default=["dense", "moe"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--longest", type=int, default=80, help="tokens of the longest row")
-    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
-    text = json.dumps(measure(arguments), indent=1)
+    results = [measure(name, arguments) for name in arguments.models]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    cuda = torch.cuda.is_available()
+    report = {
+        "results": results,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": commit.stdout.strip(),
+    }
+    text = json.dumps(report, indent=1)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n", encoding="utf-8")
+    sys.exit(any(float(str(result["transformers_over_ours"])) < 1 for result in results))
 
 
 if __name__ == "__main__":

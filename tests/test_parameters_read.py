@@ -35,6 +35,7 @@ TRAINING = (
     "commands/run_data.py",
     "commands/run_folder.py",
     "args/stream_rules.py",
+    "args/transformer_engine.py",
     *SHARED,
 )
 OWN = {

@@ -45,7 +45,7 @@ def test_help_shows_default_and_status():
         "--micro_batch_size INT Samples",
         "Also --save_steps.",
         "they become upper-case environment variables. (not built yet)",
-        "(no effect here: PyTorch's own kernels are used)",
+        "(no effect here: torch adds gradients up itself)",
         "(only true: the loss is defined per token over the global batch)",
         "Unit: minutes. [60]",
     ):

@@ -109,7 +109,6 @@ def test_accepted_in_silence(flags, caplog):
     ("flags", "message"),
     [
         ("--no_bias_dropout_fusion true", "--no_bias_dropout_fusion true has no effect: dropout is"),
-        ("--transformer_impl local", "--transformer_impl local has no effect"),
         (
             "--overlap_grad_reduce",
             "--overlap_grad_reduce true has no effect: FSDP2 always does so; the whole gradients of no_shard",

@@ -29,6 +29,8 @@ def folder(tmp_path_factory):
             Fp8Options(format="e4m3", recipe="rowwise"),
         ),
         ("--cross_entropy_loss_fusion true", "chunked_cross_entropy", True),
+        ("", "transformer_engine", "where it runs"),
+        ("--transformer_impl local", "transformer_engine", "never"),
     ],
 )
 def test_switches_reach_the_engine(folder, tmp_path, flags, name, value):

@@ -24,18 +24,27 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def mlp(kernels, dtype, *, grad_scale=1e-3, device="cpu"):
-    """y = fc2(swiglu(fc1(norm(x)) + bias)): the output, then the gradients of x, norm, fc1, its bias and fc2."""
+    """added = proj(x); y = fc2(swiglu(fc1(norm(x + added)) + bias)): y, then the gradients of x, proj, norm, fc1, its bias and fc2.
+
+    x + added is an output as well, with a gradient half as large as y's.
+    """
     tensors = [
         random(TOKENS, HIDDEN, seed=0),
+        random(HIDDEN, HIDDEN, seed=6, scale=0.1),
         1 + random(HIDDEN, seed=1, scale=0.1),
         random(2 * INNER, HIDDEN, seed=2, scale=0.05),
         random(2 * INNER, seed=3, scale=0.1),
         random(HIDDEN, INNER, seed=4, scale=0.05),
     ]
-    x, norm, first, bias, second = (t.to(device, dtype).requires_grad_() for t in tensors)
-    y = kernels.swiglu_linear(kernels.norm_linear(x, norm, first, bias, 1e-6), second)
-    grad = random(TOKENS, HIDDEN, seed=5, scale=grad_scale).to(device, dtype)
-    return [y.detach(), *torch.autograd.grad(y, (x, norm, first, bias, second), grad)]
+    leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+    x, proj, norm, first, bias, second = leaves
+    total, inner = kernels.add_norm_linear(x, kernels.linear(x, proj, None), norm, first, bias, 1e-6)
+    y = kernels.swiglu_linear(inner, second)
+    grads = [random(TOKENS, HIDDEN, seed=s, scale=grad_scale * s / 10).to(device, dtype) for s in (10, 5)]
+    return [y.detach(), *torch.autograd.grad((y, total), leaves, grads)]
+
+
+NORMED = (random(9, HIDDEN, seed=7), random(HIDDEN, seed=8), random(INNER, HIDDEN, seed=9))
 
 
 def error(mine, exact):
@@ -44,12 +53,12 @@ def error(mine, exact):
 
 @ways
 def test_outputs_and_gradients(kind, recipe):
-    """Each product adds the error of one product, 3.8 % in e4m3 and 5.9 % where a gradient is in e5m2; on the way here lie three of them at most,
-    and the SwiGLU, which passes errors of gate and up on."""
+    """Each product adds the error of one product, 3.8 % in e4m3 and 5.9 % where a gradient is in e5m2; on the way here lie four of them at most,
+    and the SwiGLU, which passes errors of gate and up on; what goes past the norm has none."""
     exact = mlp(layers.PLAIN, torch.float64)
     linears = Fp8Linears(Fp8Options(format=kind, recipe=recipe))
     mine = mlp(linears.kernels(layers.PLAIN), torch.bfloat16)
-    bound = 0.12 if kind == "hybrid" else 0.085
+    bound = 0.14 if kind == "hybrid" else 0.1
     errors = [error(a, b) for a, b in zip(mine, exact, strict=True)]
     assert all(0.02 < e < bound for e in errors), errors
     again = mlp(Fp8Linears(linears.options, keep_weights=False).kernels(layers.PLAIN), torch.bfloat16)
@@ -190,4 +199,7 @@ def test_the_fused_forms(kind, recipe, monkeypatch):
     mine = [t.cpu() for t in mlp(kernels, torch.bfloat16, device=device)]
     for a, b, other in zip(mine, exact, plain, strict=True):
         assert error(a, b) < 1.15 * other + 0.01
-    assert [f is not None for f in found] == [False, recipe == "tensorwise"]
+    # Of fc2's gradient nobody has found it; of fc1's SwiGLU has, of proj's the norm.
+    assert [f is not None for f in found] == [False, *[recipe == "tensorwise"] * 2]
+    alone = kernels.norm_linear(*(t.bfloat16().to(device) for t in NORMED), None, 1e-6).cpu()
+    assert error(alone, layers.norm_linear(*NORMED, None, 1e-6)) < 0.045

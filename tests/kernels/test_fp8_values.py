@@ -203,11 +203,13 @@ def test_kernels_leave_the_largest_value_of_what_they_write():
 
     x, weight, grad = spread(70, 96).to(DEVICE), random(96, seed=4).to(DEVICE), spread(70, 48, seed=5).to(DEVICE)
     assert bits(x).view(torch.float32) == x.float().abs().max()
-    slots = [fp8.amax_slots(x.device) for _ in range(3)]
-    y, _ = norm.norm_forward(x, weight, 1e-6, amax=slots[0])
+    slots = [fp8.amax_slots(x.device) for _ in range(5)]
+    _, y, rstd = norm.norm_forward(x, weight, 1e-6, amax=slots[0])
     product = swiglu.swiglu_forward(x, amax=slots[1])
     d, _ = swiglu.swiglu_backward(x, grad, again=False, amax=slots[2])
-    assert [int(s.max()) for s in slots] == [int(bits(v)) for v in (y, product, d)]
+    total, summed, rstd = norm.norm_forward(x, weight, 1e-6, y, amax=slots[3])
+    dx, _, _ = norm.norm_backward(total, weight, rstd, y, again=False, beside=10 * y, amax=slots[4])
+    assert [int(s.max()) for s in slots] == [int(bits(v)) for v in (y, product, d, summed, dx)]
     given = fp8.quantise(y, E4M3, "tensorwise", amax=slots[0])
     assert torch.equal(given.rows.values.float(), fp8.quantise(y, E4M3, "tensorwise").rows.values.float())
 

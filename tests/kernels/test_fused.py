@@ -73,6 +73,24 @@ def test_norm_linear(dtype, bias):
 
 @needs_triton
 @both_types
+@pytest.mark.parametrize("shape", [(7, 24), (0, 24), (3, 1536)])
+def test_add_norm(dtype, shape):
+    """The sum is an output as well: what reaches it past the norm is a part of both gradients."""
+    from megatron_swift.kernels.fused.norm import fused_add_norm, fused_add_norm_linear
+
+    tensors = [values(*shape), values(*shape, seed=4), values(shape[-1], seed=1)]
+    check(lambda x, y, w: layers.add_norm(x, y, w, 1e-6), lambda x, y, w: fused_add_norm(x, y, w, 1e-6), tensors, dtype)
+    tensors += [values(16, shape[-1], seed=2), values(16, seed=3)]
+    check(
+        lambda x, y, n, w, b: layers.add_norm_linear(x, y, n, w, b, 1e-6),
+        lambda x, y, n, w, b: fused_add_norm_linear(x, y, n, w, b, 1e-6),
+        tensors,
+        dtype,
+    )
+
+
+@needs_triton
+@both_types
 def test_swiglu(dtype):
     from megatron_swift.kernels.fused.swiglu import fused_swiglu, fused_swiglu_linear
 
@@ -244,7 +262,11 @@ def test_what_stays_torchs_own(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_which_kernels_are_fused(recomputed):
-    names = {"norm": ("norm", "norm_linear"), "rope": ("split_rotate",), "swiglu": ("swiglu", "swiglu_linear")}
+    names = {
+        "norm": ("norm", "norm_linear", "add_norm", "add_norm_linear"),
+        "rope": ("split_rotate",),
+        "swiglu": ("swiglu", "swiglu_linear"),
+    }
     for off in names:
         kernels = layers._triton_kernels((off,), recomputed=recomputed)
         for name, fields in names.items():

@@ -8,8 +8,8 @@ from test_data_parallel import samples_of_steps
 
 from megatron_swift.data.loader import collate
 from megatron_swift.parallel import mesh as mesh_module
-from megatron_swift.parallel.context import ContextSegments, context_segments, zigzag
-from megatron_swift.parallel.mesh import Sizes
+from megatron_swift.parallel.context import ContextSegments, context_segments, own_kernels, zigzag
+from megatron_swift.parallel.mesh import Axis, Sizes
 from megatron_swift.testing import make_tiny_model, run_ranks
 from tiny_models import SMALL, make_engine
 
@@ -51,6 +51,28 @@ def indexes_made(rank, folder):
     engine.forward_backward(batches, num_tokens=1)
     mesh_module.stop()
     return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "own"),
+    [("all_gather", 1, ""), ("a2a", 2, ""), ("p2p", 2, "by p2p"), ("all_gather", 2, "by all_gather")],
+)
+def test_which_form_asks_for_no_other_kernel(kind, size, own):
+    said = own_kernels(kind, Axis(0, tuple(range(size))))
+    assert own in said and bool(said) == bool(own)
+
+
+def attention_line(rank, folder, kind):
+    mesh = mesh_module.start(backend="gloo", timeout_minutes=1, sizes=Sizes(cp=2))
+    engine = make_engine(folder, torch.float32, mesh, context_kind=kind, transformer_engine="where it runs")
+    mesh_module.stop()
+    return engine.kernels["attention"]
+
+
+@pytest.mark.parametrize(("kind", "said"), [("p2p", "by p2p attends block by block"), ("a2a", "takes a CUDA device")])
+def test_transformer_engine_is_accounted_for(tmp_path, kind, said):
+    folder = make_tiny_model(tmp_path, layers=1, **SMALL)
+    assert all(said in line for line in run_ranks(attention_line, 2, folder, kind))
 
 
 def test_made_once_per_row(tmp_path):

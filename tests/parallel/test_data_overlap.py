@@ -26,7 +26,7 @@ class Diary(TorchDispatchMode):
         super().__init__()
         self.lines = []
         for number, layer in enumerate(layers):
-            layer.self_attention.linear_qkv.register_forward_pre_hook(self.forward_of(number))
+            layer.self_attention.register_forward_pre_hook(self.forward_of(number))
             layer.mlp.register_forward_hook(self.backward_of(number))
 
     def forward_of(self, number):
@@ -34,7 +34,7 @@ class Diary(TorchDispatchMode):
 
     def backward_of(self, number):
         def watch(module, args, out):
-            out.register_hook(lambda grad: self.lines.append(f"backward {number}"))
+            out[1].register_hook(lambda grad: self.lines.append(f"backward {number}"))
 
         return watch
 

@@ -152,7 +152,10 @@ class ModelShapeParams(Arguments):
         None, "Normalise each query and key head before the rotation. Default: from config.json, else false."
     )
     transformer_impl: Literal["local", "transformer_engine"] = param(
-        "transformer_engine", "Implementation of the layers.", no_effect="PyTorch's own kernels are used"
+        "transformer_engine",
+        "Kernels of the layers. transformer_engine = the attention of NVIDIA's Transformer Engine where that is installed and can run: by default "
+        "the fastest other kernel where not, typed as a flag an error; an attention_backend other than auto goes before it. local = without it. "
+        "All other kernels are our own in both.",
     )
     padded_vocab_size: int | None = param(
         None,

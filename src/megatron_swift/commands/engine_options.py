@@ -7,6 +7,7 @@ import torch
 from megatron_swift.args.moe_rules import capacity_factor
 from megatron_swift.args.rules import virtual_stages
 from megatron_swift.args.training_params import asked_kernel
+from megatron_swift.args.transformer_engine import wish
 from megatron_swift.checkpoint.weights import TORCH_DTYPES
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.kernels.fp8 import Fp8Options
@@ -39,6 +40,7 @@ def engine_options(setup: RunSetup) -> EngineOptions:
     return EngineOptions(
         compute_dtype=TORCH_DTYPES[setup.dtype],
         attention_backend=asked_kernel(args)[0],
+        transformer_engine=wish(args),
         softmax_in_fp32=args.attention_softmax_in_fp32,
         chunked_cross_entropy=args.cross_entropy_loss_fusion,
         unfused=tuple(

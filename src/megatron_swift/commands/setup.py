@@ -27,6 +27,7 @@ from megatron_swift.args.rules import (
     data_parallel_size,
     has_checkpoint,
 )
+from megatron_swift.args.transformer_engine import check_transformer_engine
 from megatron_swift.checkpoint.companions import FOLDER
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.commands.chat_template import chosen_template, why_template
@@ -95,6 +96,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     inherited.announce()
     args = inherited.args
     check_train(args, world_size=world_size(env), env=env)
+    check_transformer_engine(args, gpus=visible_gpus(env))
     load = Path(args.load) if args.load is not None and has_checkpoint(Path(args.load)) else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(model_dir)

@@ -14,7 +14,7 @@ import torch
 
 from megatron_swift.args.commands import TrainArguments
 from megatron_swift.args.dump import to_json
-from megatron_swift.args.training_params import asked_kernel
+from megatron_swift.args.transformer_engine import attention_flag
 from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
 from megatron_swift.checkpoint.initial import InitialWeights
 from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
@@ -153,7 +153,7 @@ def _build(setup: RunSetup, folder: RunFolder, mesh: Mesh) -> _Run:
         engine = build_engine(cfg, mesh, options)
     except ValueError as error:
         raise UsageError(
-            f"{asked_kernel(args)[1]} cannot be used here: {error}",
+            f"{attention_flag(args)} cannot be used here: {error}",
             do="leave it out: the fastest kernel that fits is taken",
         ) from None
     specs = tensor_specs(cfg)

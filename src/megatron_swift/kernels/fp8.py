@@ -74,16 +74,31 @@ class Fp8Linears:
         """`base` with products in 8 bits. Where base joins norm or SwiGLU with the product, so does this."""
 
         def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-            if base.norm_linear is PLAIN.norm_linear:
+            if base.norm is PLAIN.norm:
                 return self.linear(base.norm(x, norm_weight, epsilon), weight, bias)
             return _NormLinear.apply(x, norm_weight, weight, bias, epsilon, self, torch.is_grad_enabled())  # type: ignore[no-any-return]
+
+        def add_norm_linear(
+            x: Tensor, added: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+        ) -> tuple[Tensor, Tensor]:
+            if base.norm is PLAIN.norm:
+                total, normalised = base.add_norm(x, added, norm_weight, epsilon)
+                return total, self.linear(normalised, weight, bias)
+            train = torch.is_grad_enabled()
+            return _AddNormLinear.apply(x, added, norm_weight, weight, bias, epsilon, self, train)  # type: ignore[no-any-return]
 
         def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
             if base.swiglu is PLAIN.swiglu:
                 return self.linear(base.swiglu(gate_up), weight)
             return _SwiGLULinear.apply(gate_up, weight, self, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
-        return dataclasses.replace(base, linear=self.linear, norm_linear=norm_linear, swiglu_linear=swiglu_linear)
+        return dataclasses.replace(
+            base,
+            linear=self.linear,
+            norm_linear=norm_linear,
+            add_norm_linear=add_norm_linear,
+            swiglu_linear=swiglu_linear,
+        )
 
     # What follows is for the functions below.
 
@@ -157,10 +172,11 @@ class Fp8Linears:
         same = grad.data_ptr() == other.data_ptr() and grad.shape == other.shape and grad._version == version
         return amax if same else None
 
-    @property
-    def measures(self) -> bool:
-        """Whether a kernel that writes a value should find its largest one."""
-        return self.options.recipe == "tensorwise"
+    def slots(self, device: torch.device) -> Tensor | None:
+        """Where a kernel that writes a value shall leave its largest one; None where the recipe has no use for it."""
+        from megatron_swift.kernels.fused.fp8 import amax_slots
+
+        return amax_slots(device) if self.options.recipe == "tensorwise" else None
 
 
 def _first(y: Tensor, number: int) -> Tensor:
@@ -180,6 +196,42 @@ class _Linear(torch.autograd.Function):
         return (*ctx.fp8.backward(ctx, grad, ctx.saved_tensors, wants=wants), None, None)
 
 
+def _after_norm(
+    ctx: Any,
+    x: Tensor,
+    added: Tensor | None,
+    norm_weight: Tensor,
+    linear: tuple[Tensor, Tensor | None],
+    epsilon: float,
+    *,
+    fp8: Fp8Linears,
+    train: bool,
+) -> tuple[Tensor, Tensor]:
+    """(x + added, the linear layer (weight, bias) of its norm), the backward pass prepared."""
+    from megatron_swift.kernels.fused.norm import norm_forward
+
+    amax = fp8.slots(x.device)
+    x, added = x.contiguous(), None if added is None else added.contiguous()
+    total, normalised, rstd = norm_forward(x, norm_weight, epsilon, added, amax=amax)
+    y, saved = fp8.forward(ctx, normalised, *linear, train=train, amax=amax)
+    ctx.save_for_backward(total, norm_weight, rstd, *saved)
+    return total, y
+
+
+def _before_norm(ctx: Any, grad: Tensor, beside: Tensor | None, *, of_weight: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of x (and of what was added), norm, weight and bias. beside: what reaches the sum past the norm."""
+    from megatron_swift.kernels.fused.norm import norm_backward
+
+    total, norm_weight, rstd, *saved = ctx.saved_tensors
+    d_normalised, d_weight, d_bias = ctx.fp8.backward(ctx, grad, saved, wants=(True, of_weight))
+    amax = None if beside is None else ctx.fp8.slots(grad.device)
+    beside = None if beside is None else beside.contiguous()
+    dx, dn, _ = norm_backward(total, norm_weight, rstd, d_normalised, again=False, beside=beside, amax=amax)
+    if amax is not None:
+        ctx.fp8.measured(dx, amax)  # it is the gradient of the linear layer that made what was added
+    return dx, dn, d_weight, d_bias
+
+
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -192,46 +244,52 @@ class _NormLinear(torch.autograd.Function):
         fp8: Fp8Linears,
         train: bool,
     ) -> Tensor:
-        from megatron_swift.kernels.fused.fp8 import amax_slots
-        from megatron_swift.kernels.fused.norm import norm_forward
-
-        x = x.contiguous()
-        amax = amax_slots(x.device) if fp8.measures else None
-        normalised, rstd = norm_forward(x, norm_weight, epsilon, amax=amax)
-        y, saved = fp8.forward(ctx, normalised, weight, bias, train=train, amax=amax)
-        ctx.save_for_backward(x, norm_weight, rstd, *saved)
-        return y
+        return _after_norm(ctx, x, None, norm_weight, (weight, bias), epsilon, fp8=fp8, train=train)[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        from megatron_swift.kernels.fused.norm import norm_backward
+        return (*_before_norm(ctx, grad, None, of_weight=ctx.needs_input_grad[2]), None, None, None)
 
-        x, norm_weight, rstd, *saved = ctx.saved_tensors
-        d_normalised, d_weight, d_bias = ctx.fp8.backward(ctx, grad, saved, wants=(True, ctx.needs_input_grad[2]))
-        dx, dn, _ = norm_backward(x, norm_weight, rstd, d_normalised, again=False)
-        return dx, dn, d_weight, d_bias, None, None, None
+
+class _AddNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        added: Tensor,
+        norm_weight: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        epsilon: float,
+        fp8: Fp8Linears,
+        train: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return _after_norm(ctx, x, added, norm_weight, (weight, bias), epsilon, fp8=fp8, train=train)
+
+    @staticmethod
+    def backward(ctx: Any, beside: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx, *rest = _before_norm(ctx, grad, beside, of_weight=ctx.needs_input_grad[3])
+        return (dx, dx, *rest, None, None, None)
 
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weight: Tensor, fp8: Fp8Linears, train: bool) -> Tensor:
-        from megatron_swift.kernels.fused.fp8 import amax_slots
         from megatron_swift.kernels.fused.swiglu import swiglu_forward
 
         gate_up = gate_up.contiguous()
-        amax = amax_slots(gate_up.device) if fp8.measures else None
+        amax = fp8.slots(gate_up.device)
         y, saved = fp8.forward(ctx, swiglu_forward(gate_up, amax=amax), weight, None, train=train, amax=amax)
         ctx.save_for_backward(gate_up, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        from megatron_swift.kernels.fused.fp8 import amax_slots
         from megatron_swift.kernels.fused.swiglu import swiglu_backward
 
         gate_up, *saved = ctx.saved_tensors
         d_product, d_weight, _ = ctx.fp8.backward(ctx, grad, saved, wants=(True, ctx.needs_input_grad[1]))
-        amax = amax_slots(grad.device) if ctx.fp8.measures else None
+        amax = ctx.fp8.slots(grad.device)
         d_gate_up, _ = swiglu_backward(gate_up, d_product, again=False, amax=amax)
         if amax is not None:
             ctx.fp8.measured(d_gate_up, amax)

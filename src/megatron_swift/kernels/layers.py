@@ -25,6 +25,20 @@ def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | N
     return F.linear(rms_norm(x, norm_weight, epsilon), weight, bias)
 
 
+def add_norm(x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(x + added, its RMSNorm): what a layer adds, and what the next one reads of the sum."""
+    total = x + added
+    return total, rms_norm(total, weight, epsilon)
+
+
+def add_norm_linear(
+    x: Tensor, added: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """(x + added, linear(rms_norm(x + added))), x and added [T, H]."""
+    total, normalised = add_norm(x, added, norm_weight, epsilon)
+    return total, F.linear(normalised, weight, bias)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """[N, 2F] -> silu(first half) * second half [N, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -73,6 +87,10 @@ class LayerKernels:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
     norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     norm_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = norm_linear
+    add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_norm
+    add_norm_linear: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]] = (
+        add_norm_linear
+    )
     swiglu: Callable[[Tensor], Tensor] = swiglu
     swiglu_linear: Callable[[Tensor, Tensor], Tensor] = swiglu_linear
     split_rotate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = split_rotate
@@ -118,13 +136,19 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _triton_kernels(unfused: Collection[str], *, recomputed: bool) -> LayerKernels:
-    from megatron_swift.kernels.fused.norm import fused_norm, fused_norm_linear
+    from megatron_swift.kernels.fused import norm
     from megatron_swift.kernels.fused.rope import fused_split_rotate
     from megatron_swift.kernels.fused.swiglu import fused_swiglu, fused_swiglu_linear
 
     kernels = PLAIN
     if "norm" not in unfused:
-        kernels = dataclasses.replace(kernels, norm=fused_norm, norm_linear=fused_norm_linear)
+        kernels = dataclasses.replace(
+            kernels,
+            norm=norm.fused_norm,
+            norm_linear=norm.fused_norm_linear,
+            add_norm=norm.fused_add_norm,
+            add_norm_linear=norm.fused_add_norm_linear,
+        )
     if "rope" not in unfused:
         kernels = dataclasses.replace(kernels, split_rotate=fused_split_rotate)
     if "swiglu" not in unfused:

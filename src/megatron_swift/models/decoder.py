@@ -38,9 +38,9 @@ Rotation = tuple[Tensor, Tensor]
 _EMBEDDING, _PER_LAYER = -1, 3
 
 
-def call(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x)."""
-    return module(x)  # type: ignore[no-any-return]
+def call(mlp: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """(x + added, mlp of that)."""
+    return mlp(x, added)  # type: ignore[no-any-return]
 
 
 class TransformerLayer(nn.Module):
@@ -66,13 +66,29 @@ class TransformerLayer(nn.Module):
         first = _PER_LAYER * self.number
         return first, first + 1, first + 2
 
-    def forward(self, x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None = None) -> Tensor:
-        """x [T, H] -> [T, H]."""
-        x = x + self._dropped(self.self_attention(x, rotary, segments), segments, self.streams[1])
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotation,
+        segments: Segments,
+        routing: Routing | None = None,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> (x, added) [T, H] each: the layer's output is their sum, as its input is the sum of the two that it gets.
+
+        The norm that comes next adds them up: an addition of its own, and that of the gradients, would cost three passes more.
+        """
+        x, added = self.self_attention(x, rotary, segments, added)
+        added = self._dropped(added, segments, self.streams[1])
         if self.pre_mlp_layernorm is None:
-            return x + self._dropped(self.run_mlp(self.mlp, x), segments, self.streams[2])
-        y = through(self.pre_mlp_layernorm, lambda y: self.mlp(y, routing), x, again=self.norm_again)
-        return x + self._dropped(y, segments, self.streams[2])
+            x, added = self.run_mlp(self.mlp, x, added)
+        elif self.norm_again:
+            x = x + added
+            added = through(self.pre_mlp_layernorm, lambda y: self.mlp(y, routing), x)
+        else:
+            x, normalised = self.pre_mlp_layernorm.after_add(x, added)
+            added = self.mlp(normalised, routing)
+        return x, self._dropped(added, segments, self.streams[2])
 
     def _dropped(self, y: Tensor, segments: Segments, stream: int) -> Tensor:
         if segments.noise is None or not self.hidden_dropout:
@@ -88,9 +104,10 @@ def run_layers(
     layers: Sequence[TransformerLayer], x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None = None
 ) -> Tensor:
     """One layer after the other, keeping every activation."""
+    added = None
     for layer in layers:
-        x = layer(x, rotary, segments, routing)
-    return x
+        x, added = layer(x, rotary, segments, routing, added)
+    return x if added is None else x + added
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.norm(x, self.weight, self.epsilon)
 
+    def after_add(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + added, forward of that)."""
+        return self.kernels.add_norm(x, added, self.weight, self.epsilon)
+
 
 class LayerNorm(nn.Module):
     """Like RMSNorm; besides, the mean is taken off and a bias added. torch's own kernel, on every device."""
@@ -55,6 +59,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+    def after_add(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + added, forward of that)."""
+        x = x + added
+        return x, self(x)
 
 
 def make_norm(cfg: ModelConfig, size: int) -> RMSNorm | LayerNorm:
@@ -119,12 +128,30 @@ class NormLinear(nn.Module):
         return self.kernels.norm(x, self.layer_norm_weight, self.epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        forgets = self.kernels.norm_linear is not PLAIN.norm_linear  # the fused form keeps x alone in any case
-        if self.enter is identity and self.layer_norm_bias is None and (forgets or not self.norm_again):
+        if self.at_once:
             return self.kernels.norm_linear(x, self.layer_norm_weight, self.weight, self.bias, self.epsilon)
         return through(
             self._entering, lambda y: self.kernels.linear(y, self.weight, self.bias), x, again=self.norm_again
         )
+
+    def after_add(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + added, forward of that)."""
+        if added is None:
+            return x, self(x)
+        if self.at_once:
+            weights = (self.layer_norm_weight, self.weight, self.bias)
+            return self.kernels.add_norm_linear(x, added, *weights, self.epsilon)
+        x = x + added
+        return x, self(x)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether norm and product are one function: nothing stands between them, and what the norm gives is not to be computed again.
+
+        The fused form computes it again in any case.
+        """
+        forgets = self.kernels.norm_linear is not PLAIN.norm_linear
+        return self.enter is identity and self.layer_norm_bias is None and (forgets or not self.norm_again)
 
     def _entering(self, x: Tensor) -> Tensor:
         return self.enter(self.normalise(x))
@@ -176,9 +203,14 @@ class Attention(nn.Module):
         self.k_layernorm = make_norm(cfg, cfg.kv_channels) if cfg.qk_layernorm else None
         self.core, self.kernels, self.turn = plain_attention, PLAIN, choose_turn(cfg)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, dims]. Heads are counted from the weight: a rank may hold some of them."""
-        qkv = self.linear_qkv(x)
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> (x + added, the attention over that), both [T, H].
+
+        rotary: cos and sin [T, 1, dims]. Heads are counted from the weight: a rank may hold some of them.
+        """
+        x, qkv = self.linear_qkv.after_add(x, added)
         tokens = qkv.shape[0]
         # Rows are ordered by query group: its query heads, then its key, then its value.
         grouped = qkv.view(tokens, -1, self.heads_per_group + 2, self.head_dim)
@@ -189,7 +221,7 @@ class Attention(nn.Module):
             if self.q_layernorm is not None and self.k_layernorm is not None:
                 q, k = self.q_layernorm(q), self.k_layernorm(k)
             q, k = self.turn(q, *rotary), self.turn(k, *rotary)
-        return self.linear_proj(self.core(q, k, v, segments).reshape(tokens, -1))
+        return x, self.linear_proj(self.core(q, k, v, segments).reshape(tokens, -1))
 
 
 class MLP(nn.Module):
@@ -206,17 +238,19 @@ class MLP(nn.Module):
         )
         self.linear_fc2 = Linear(cfg.ffn_hidden_size, cfg.hidden_size, bias=cfg.linear_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, H] -> [T, H]."""
-        return self.linear_fc2.after_swiglu(self.linear_fc1(x))
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> (x + added, the MLP of that), both [T, H]."""
+        x, inner = self.linear_fc1.after_add(x, added)
+        return x, self.linear_fc2.after_swiglu(inner)
 
 
 class GeluMLP(MLP):
     """linear_fc2(gelu(linear_fc1)), the GELU by the error function."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, H] -> [T, H]."""
-        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> (x + added, the MLP of that), both [T, H]."""
+        x, inner = self.linear_fc1.after_add(x, added)
+        return x, self.linear_fc2(F.gelu(inner))
 
 
 def make_mlp(cfg: ModelConfig) -> MLP:

@@ -18,6 +18,7 @@ from megatron_swift.kernels.expert_mlp import expert_mlp
 from megatron_swift.kernels.grouped_linear import GroupedLinear, looped_linear
 from megatron_swift.kernels.layers import PLAIN
 from megatron_swift.kernels.permute import Order, permute, sort_choices
+from megatron_swift.kernels.router import Gate, Sums, plain_gate, sums_of
 from megatron_swift.models import routing as rules
 from megatron_swift.models.config import ModelConfig, MoEConfig
 from megatron_swift.models.layers import Linear, new_parameter
@@ -34,13 +35,15 @@ class Choice(NamedTuple):
 
 
 class Router(nn.Module):
-    """weight [E, H]; logits are x W^T. `options` and `sharers` are set by who builds the model for training."""
+    """weight [E, H]; logits are x W^T. `options`, `sharers` and the kernel `gate` are set by who builds the model for training."""
+
+    gate: Gate
 
     def __init__(self, cfg: MoEConfig, hidden_size: int, number: int):
         super().__init__()
         self.cfg, self.number = cfg, number
         self.weight = new_parameter(cfg.num_experts, hidden_size)
-        self.options, self.sharers = RouterOptions(), Sharers()
+        self.options, self.sharers, self.gate = RouterOptions(), Sharers(), plain_gate
 
     def forward(self, x: Tensor, routing: Routing | None) -> Choice:
         """x [T, H], real tokens only. Training losses are attached to the probabilities; what happened is recorded in `routing`."""
@@ -50,10 +53,12 @@ class Router(nn.Module):
             exact = torch.float64
         logits = F.linear(x.to(exact), self.weight.to(exact))
         logits = logits.to(torch.promote_types(exact, torch.float32))
+        trains = routing is not None and routing.scale is not None
         if options.balancing == "sinkhorn":
             probs, experts = rules.sinkhorn_route(logits, topk=cfg.topk, routing=routing, sharers=self.sharers)
+            sums = sums_of(logits, experts) if trains else None
         else:
-            probs, experts = rules.route(logits, topk=cfg.topk, pre_softmax=cfg.pre_softmax)
+            probs, experts, sums = self.gate(logits, cfg.topk, cfg.pre_softmax, trains)
         kept = limit = None
         if options.capacity_factor is not None and routing is not None:
             limit = rules.capacity(
@@ -68,22 +73,22 @@ class Router(nn.Module):
                 routing=routing,
                 sharers=self.sharers,
             )
-        if routing is not None and routing.scale is not None:
-            probs = self._balanced(logits, probs, experts, kept, routing)
+        if sums is not None:
+            assert routing is not None
+            probs = self._balanced(logits, probs, experts, sums, kept, routing)
         padded = min(limit, len(x)) if limit is not None and options.pad_to_capacity else None
         return Choice(probs, experts, kept, padded)
 
     def _balanced(
-        self, logits: Tensor, probs: Tensor, experts: Tensor, kept: Tensor | None, routing: Routing
+        self, logits: Tensor, probs: Tensor, experts: Tensor, sums: Sums, kept: Tensor | None, routing: Routing
     ) -> Tensor:
         """probs with the losses of this layer attached."""
-        cfg, options = self.cfg, self.options
+        cfg, options, load = self.cfg, self.options, sums.load
         assert routing.scale is not None
-        scores = torch.softmax(logits, -1)
-        chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0)
-        load = chosen.sum(0)
         over_all = None
         if options.balancing == "seq_aux_loss":
+            scores = torch.softmax(logits, -1)
+            chosen = torch.zeros_like(scores).scatter_(1, experts, 1.0)
             balance = rules.sequence_balancing_loss(scores, chosen, routing, self.sharers, topk=cfg.topk)
         elif options.balancing == "global_aux_loss":
             over_all = self.sharers.everywhere(load)
@@ -93,19 +98,18 @@ class Router(nn.Module):
                 assert before is not None
                 running = running + before
             tokens = (running.sum() / cfg.topk).clamp(min=1)
-            balance = rules.balancing_loss(scores, running, count=tokens, tokens=routing.count, topk=cfg.topk)
+            balance = rules.balancing_loss(sums.scores, running, count=tokens, tokens=routing.count, topk=cfg.topk)
         else:
             whole, count = self.sharers.total(load), max(routing.count, 1)
-            balance = rules.balancing_loss(scores, whole, count=count, tokens=routing.count, topk=cfg.topk)
-        z = rules.z_loss(logits, routing.count)
+            balance = rules.balancing_loss(sums.scores, whole, count=count, tokens=routing.count, topk=cfg.topk)
+        z = sums.squares / max(routing.count, 1)
         dropped = load.new_zeros(()) if kept is None else (~kept).sum().to(load.dtype)
-        with torch.no_grad():
-            entropy = torch.special.entr(scores).sum()
-        routing.records[self.number] = LayerRecord(load, dropped, entropy, balance.detach(), z.detach(), over_all)
+        routing.records[self.number] = LayerRecord(load, dropped, sums.entropy, balance.detach(), z.detach(), over_all)
         aux = options.aux_coeff if options.balancing.endswith("aux_loss") else 0.0
-        if not (aux or options.z_coeff):
+        losses = [weight * loss for weight, loss in ((aux, balance), (options.z_coeff, z)) if weight]
+        if not losses:
             return probs
-        return AttachLoss.apply(probs, aux * balance + options.z_coeff * z, routing.scale)  # type: ignore[no-any-return]
+        return AttachLoss.apply(probs, sum(losses[1:], losses[0]), routing.scale)  # type: ignore[no-any-return]
 
 
 class Experts(nn.Module):

@@ -95,14 +95,6 @@ class Routing:
     records: dict[int, LayerRecord] = field(default_factory=dict)
 
 
-def route(logits: Tensor, *, topk: int, pre_softmax: bool) -> tuple[Tensor, Tensor]:
-    """(probabilities [T, k], experts int64 [T, k]) from logits [T, E], in their dtype."""
-    if pre_softmax:
-        return torch.softmax(logits, -1).topk(topk, dim=-1)  # type: ignore[return-value]
-    chosen, experts = logits.topk(topk, dim=-1)
-    return torch.softmax(chosen, -1), experts
-
-
 def sinkhorn_route(logits: Tensor, *, topk: int, routing: Routing | None, sharers: Sharers) -> tuple[Tensor, Tensor]:
     """Experts chosen on the Sinkhorn-normalised logits of the whole row (in training), weighted by the plain probabilities.
 
@@ -178,14 +170,14 @@ def kept_within_capacity(
         return (best & (table >= 0)).gather(1, chosen)[mine]
 
 
-def balancing_loss(scores: Tensor, load: Tensor, *, count: float | Tensor, tokens: int, topk: int) -> Tensor:
-    """E / (k * count * tokens) * sum over experts of (sum over tokens of scores) * load.
+def balancing_loss(summed: Tensor, load: Tensor, *, count: float | Tensor, tokens: int, topk: int) -> Tensor:
+    """E / (k * count * tokens) * sum over experts of summed * load.
 
-    scores [T, E]: probabilities over all experts of this rank's tokens. load [E]: tokens per expert among `count` tokens.
+    summed [E]: probabilities over all experts, added up over this rank's tokens. load [E]: tokens per expert among `count` tokens.
     The shares of the ranks that share `tokens` tokens add up to the whole loss, which is 1 for an even load. Fedus et al. 2021
     (arXiv 2101.03961) eq. 4, for k experts as in Megatron-Core's switch_load_balancing_loss_func.
     """
-    return (scores.sum(0) * load).sum() * (scores.shape[1] / topk) / (count * max(tokens, 1))
+    return torch.dot(summed, load) * (len(summed) / topk / (count * max(tokens, 1)))
 
 
 def sequence_balancing_loss(scores: Tensor, chosen: Tensor, routing: Routing, sharers: Sharers, *, topk: int) -> Tensor:
@@ -196,11 +188,6 @@ def sequence_balancing_loss(scores: Tensor, chosen: Tensor, routing: Routing, sh
     summed = empty.index_add(0, routing.sequence, scores)
     each = (summed * load).sum(-1) * (scores.shape[1] / topk) / lengths.square()
     return each.sum() / max(int(routing.lengths.shape[0]), 1)
-
-
-def z_loss(logits: Tensor, tokens: int) -> Tensor:
-    """The sum over this rank's tokens of logsumexp(logits)^2, over the row's tokens. Zoph et al. 2022 (arXiv 2202.08906) eq. 5."""
-    return torch.logsumexp(logits, -1).square().sum() / max(tokens, 1)
 
 
 class AttachLoss(torch.autograd.Function):

@@ -113,6 +113,11 @@ def context_core(kind: str, axis: Axis, inner: AttentionCore) -> AttentionCore:
     return core
 
 
+def own_kernels(kind: str, axis: Axis) -> str:
+    """Why the kernel for whole segments is not asked; "" where it is."""
+    return "" if axis.size == 1 or kind == "a2a" else f"context parallelism by {kind} attends block by block"
+
+
 class _AllGather(torch.autograd.Function):
     """Keys and values of all ranks are gathered; in the backward pass they are gathered again rather than kept."""
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron_swift.data.types import IGNORE, Batch
-from megatron_swift.kernels.attention import Segments, choose_attention
+from megatron_swift.kernels.attention import Segments
 from megatron_swift.kernels.cross_entropy import ChunkedLoss, choose_chunked, linear_cross_entropy, plain_softmax
 from megatron_swift.kernels.fp8 import Fp8Linears, Fp8Options, choose_fp8
 from megatron_swift.kernels.grouped_linear import choose_grouped
 from megatron_swift.kernels.layers import choose_layer_kernels
+from megatron_swift.kernels.router import choose_gate
+from megatron_swift.kernels.te_attention import choose_core
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row, build_decoder
 from megatron_swift.models.routing import RouterOptions, Routing
@@ -25,7 +27,7 @@ from megatron_swift.parallel import data as data_parallel
 from megatron_swift.parallel import expert as expert_parallel
 from megatron_swift.parallel import recompute as recomputation
 from megatron_swift.parallel import tensor as tensor_parallel
-from megatron_swift.parallel.context import context_core, context_segments, zigzag
+from megatron_swift.parallel.context import context_core, context_segments, own_kernels, zigzag
 from megatron_swift.parallel.data import Sharding
 from megatron_swift.parallel.dropout import Dropout, drop_attention, noise_of
 from megatron_swift.parallel.mesh import Axis, Mesh, part_of
@@ -55,6 +57,7 @@ class Counts(NamedTuple):
 class EngineOptions:
     """How to compute. compute_dtype: the dtype of weights in matrix products; 16-bit types keep a float32 master.
 
+    transformer_engine : whether its attention is used: never, where it runs, or required; see kernels.te_attention.
     chunks_per_rank : virtual pipeline stages on each rank. first_layers, last_layers : of the first and last stage, None: balanced.
     context_kind    : all_gather, p2p or a2a.
     unfused         : of norm, rope and swiglu, those that are not computed by Triton kernels where these run.
@@ -65,6 +68,7 @@ class EngineOptions:
 
     compute_dtype: torch.dtype
     attention_backend: str = "auto"
+    transformer_engine: str = "never"
     softmax_in_fp32: bool = True
     chunked_cross_entropy: bool = False
     unfused: tuple[str, ...] = ()
@@ -356,12 +360,16 @@ def _install_layer_kernels(
 
 
 def _install_attention(model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]) -> None:
-    choice = choose_attention(
+    choice = choose_core(
+        options.transformer_engine,
         options.attention_backend,
         device=mesh.device,
         dtype=options.compute_dtype,
+        heads=model.cfg.num_attention_heads,
+        groups=model.cfg.num_query_groups,
         head_dim=model.cfg.kv_channels,
         softmax_in_fp32=options.softmax_in_fp32,
+        without=own_kernels(options.context_kind, mesh.cp),
     )
     core = choice.core
     kernels["attention"] = choice.reason
@@ -412,11 +420,15 @@ def _install_experts(
     product, kernels["experts"] = choose_grouped(
         options.grouped_experts, dtype=options.compute_dtype, device=mesh.device, sizes=sizes
     )
+    dtypes = (options.router.dtype, options.compute_dtype)
+    gate, said = choose_gate(mesh.device, dtypes, num_experts=cfg.moe.num_experts)
+    kernels["experts"] += f"; {said}"
     expert_parallel.install(
         model,
         mesh,
         dispatcher=options.dispatcher,
         router=options.router,
+        gate=gate,
         product=product,
         fused="swiglu" not in options.unfused,
         overlap=options.overlap_shared_expert,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_swift.kernels.grouped_linear import GroupedLinear, grouped_linear
 from megatron_swift.kernels.permute import permute
+from megatron_swift.kernels.router import Gate
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder
 from megatron_swift.models.moe import Choice, Dispatch, Experts, dispatch_at_once, dispatch_here
@@ -69,6 +70,7 @@ def install(
     *,
     dispatcher: str,
     router: RouterOptions,
+    gate: Gate,
     product: GroupedLinear,
     fused: bool,
     overlap: bool,
@@ -87,7 +89,7 @@ def install(
         dispatch = dispatch_at_once
     sharers = _sharers(mesh)
     for layer in model.sparse:
-        layer.router.options, layer.router.sharers = router, sharers
+        layer.router.options, layer.router.sharers, layer.router.gate = router, sharers, gate
         layer.dispatch, layer.experts.product, layer.overlap = dispatch, product, overlap
 
 

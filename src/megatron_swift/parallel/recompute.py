@@ -60,10 +60,11 @@ def describe(options: Recompute, model: Decoder) -> str:
     return ", ".join(words[name] for name, there in parts.items() if there and options.has(name))
 
 
-def _repeated(module: nn.Module, x: Tensor) -> Tensor:
+def _repeated(mlp: nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
     if not x.requires_grad:
-        return call(module, x)
-    return checkpoint(module, x, use_reentrant=False)  # type: ignore[return-value]
+        return call(mlp, x, added)
+    x = x + added  # one of them is kept instead of both
+    return x, checkpoint(lambda x: mlp(x)[1], x, use_reentrant=False)  # type: ignore[return-value]
 
 
 def _layer_runner(options: Recompute) -> LayerRunner:

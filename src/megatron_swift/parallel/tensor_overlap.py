@@ -146,6 +146,10 @@ class OverlappedNormLinear(NormLinear):
         self.weight, self.bias = plain.weight, plain.bias
         self.products, self.kernels = products, plain.kernels
 
+    @property
+    def at_once(self) -> bool:
+        return False  # tokens are gathered between norm and product
+
     def forward(self, x: Tensor) -> Tensor:
         return _Column.apply(self.normalise(x), self.weight, self.bias, self.products)  # type: ignore[no-any-return]
 

@@ -18,6 +18,8 @@ _PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each keeps a row of the wei
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]  # Triton compiles it
     x,
+    added,
+    total,
     weight,
     y,
     rstd,
@@ -25,6 +27,7 @@ def _forward(  # type: ignore[no-untyped-def]  # Triton compiles it
     rows,
     columns,
     epsilon,
+    ADD: tl.constexpr,
     AMAX: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -35,6 +38,10 @@ def _forward(  # type: ignore[no-untyped-def]  # Triton compiles it
     at = row[:, None] * columns + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    if ADD:
+        whole = (v + tl.load(added + at, inside, 0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, whole, inside)
+        v = whole.to(tl.float32)  # the norm is of the rounded sum, as in the plain form
     r = tl.rsqrt(tl.sum(v * v, 1) / columns + epsilon)
     w = tl.load(weight + column, column < columns, 0.0).to(tl.float32)
     # Rounded before the product with the weight, as the plain form does it.
@@ -52,13 +59,18 @@ def _backward(  # type: ignore[no-untyped-def]  # Triton compiles it
     weight,
     rstd,
     grad,
+    beside,
     dx,
     partial,
     again,
+    amax,
     rows,
     columns,
     tiles,
+    ADD: tl.constexpr,
     AGAIN: tl.constexpr,
+    AMAX: tl.constexpr,
+    SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -66,6 +78,7 @@ def _backward(  # type: ignore[no-untyped-def]  # Triton compiles it
     column = tl.arange(0, BLOCK)
     w = tl.load(weight + column, column < columns, 0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.int32)
     for tile in range(program, tiles, programs):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         at = row[:, None] * columns + column[None, :]
@@ -77,10 +90,18 @@ def _backward(  # type: ignore[no-untyped-def]  # Triton compiles it
         dw += tl.sum(g * scaled, 0)
         gw = g * w[None, :]
         mean = tl.sum(gw * exact, 1) / columns
-        tl.store(dx + at, (r[:, None] * (gw - exact * mean[:, None])).to(dx.dtype.element_ty), inside)
+        d = r[:, None] * (gw - exact * mean[:, None])
+        if ADD:
+            d += tl.load(beside + at, inside, 0.0).to(tl.float32)
+        rounded = d.to(dx.dtype.element_ty)
+        tl.store(dx + at, rounded, inside)
+        if AMAX:
+            largest = tl.maximum(largest, tl.max(magnitude(rounded), 0))
         if AGAIN:
             tl.store(again + at, (scaled * w[None, :]).to(dx.dtype.element_ty), inside)
     tl.store(partial + program.to(tl.int64) * columns + column, dw, column < columns)
+    if AMAX:
+        tl.atomic_max(amax + program % SLOTS, tl.max(largest, 0), sem="relaxed")
 
 
 def _tile(columns: int) -> tuple[int, int, int]:
@@ -89,18 +110,23 @@ def _tile(columns: int) -> tuple[int, int, int]:
     return max(1, 1024 // block), block, 4 if block <= 2048 else 8
 
 
-def norm_forward(x: Tensor, weight: Tensor, epsilon: float, *, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [..., H] contiguous -> its RMSNorm, and 1 / root mean square float32 [number of rows].
+def norm_forward(
+    x: Tensor, weight: Tensor, epsilon: float, added: Tensor | None = None, *, amax: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., H] contiguous -> (x + added, or x itself; the RMSNorm of that; 1 / its root mean square, float32 [number of rows]).
 
     amax : `fused.fp8.amax_slots`, where the largest value of the norm shall be left.
     """
     columns = x.shape[-1]
     number = x.numel() // columns
     y, rstd = torch.empty_like(x), torch.empty(number, dtype=torch.float32, device=x.device)
+    total = x if added is None else torch.empty_like(x)
     rows, block, warps = _tile(columns)
     if number:
         _forward[(triton.cdiv(number, rows),)](
             x,
+            x if added is None else added,
+            total,
             weight,
             y,
             rstd,
@@ -108,39 +134,56 @@ def norm_forward(x: Tensor, weight: Tensor, epsilon: float, *, amax: Tensor | No
             number,
             columns,
             epsilon,
+            ADD=added is not None,
             AMAX=amax is not None,
             SLOTS=SLOTS,
             ROWS=rows,
             BLOCK=block,
             num_warps=warps,
         )
-    return y, rstd
+    return total, y, rstd
 
 
 def norm_backward(
-    x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor, *, again: bool
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    *,
+    again: bool,
+    beside: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(gradient of x, gradient of the weight, the normalised rows once more if `again`)."""
+    """(gradient of x, gradient of the weight, the normalised rows once more if `again`).
+
+    beside : what reaches x past the norm; the gradient of x is the sum.
+    amax   : as in `norm_forward`, of the gradient of x.
+    """
     columns = x.shape[-1]
     number = len(rstd)
     dx = torch.empty_like(x)
     normalised = torch.empty_like(x) if again else None
     rows, block, warps = _tile(columns)
     tiles = triton.cdiv(number, rows)
-    programs = max(min(tiles, _PROGRAMS_PER_PROCESSOR * _processors(x.device)), 1)
+    programs = max(min(tiles, _PROGRAMS_PER_PROCESSOR * processors(x.device)), 1)
     partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
     _backward[(programs,)](
         x,
         weight,
         rstd,
         grad,
+        grad if beside is None else beside,
         dx,
         partial,
         dx if normalised is None else normalised,
+        dx if amax is None else amax,
         number,
         columns,
         tiles,
+        ADD=beside is not None,
         AGAIN=again,
+        AMAX=amax is not None,
+        SLOTS=SLOTS,
         ROWS=rows,
         BLOCK=block,
         num_warps=warps,
@@ -148,7 +191,8 @@ def norm_backward(
     return dx, partial.sum(0).to(weight.dtype), normalised
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 under the interpreter, so that programs share tiles there, too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -156,7 +200,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
-        y, rstd = norm_forward(x, weight, epsilon)
+        _, y, rstd = norm_forward(x, weight, epsilon)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -173,7 +217,7 @@ class _NormLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
     ) -> Tensor:
         x = x.contiguous()
-        normalised, rstd = norm_forward(x, norm_weight, epsilon)
+        _, normalised, rstd = norm_forward(x, norm_weight, epsilon)
         ctx.save_for_backward(x, norm_weight, rstd, weight)
         ctx.with_bias = bias is not None
         return F.linear(normalised, weight, bias)
@@ -186,6 +230,40 @@ class _NormLinear(torch.autograd.Function):
         return dx, dn, grad.t() @ normalised, grad.sum(0) if ctx.with_bias else None, None
 
 
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        total, y, rstd = norm_forward(x.contiguous(), weight, epsilon, added.contiguous())
+        ctx.save_for_backward(total, weight, rstd)
+        return total, y
+
+    @staticmethod
+    def backward(ctx: Any, beside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        total, weight, rstd = ctx.saved_tensors
+        dx, dw, _ = norm_backward(total, weight, rstd, grad.contiguous(), again=False, beside=beside.contiguous())
+        return dx, dx, dw, None
+
+
+class _AddNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        total, normalised, rstd = norm_forward(x.contiguous(), norm_weight, epsilon, added.contiguous())
+        ctx.save_for_backward(total, norm_weight, rstd, weight)
+        ctx.with_bias = bias is not None
+        return total, F.linear(normalised, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, beside: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        total, norm_weight, rstd, weight = ctx.saved_tensors
+        dx, dn, normalised = norm_backward(
+            total, norm_weight, rstd, grad @ weight, again=True, beside=beside.contiguous()
+        )
+        assert normalised is not None
+        return dx, dx, dn, grad.t() @ normalised, grad.sum(0) if ctx.with_bias else None, None
+
+
 def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`rms_norm` for float32 and 16-bit types."""
     return _Norm.apply(x, weight, epsilon)  # type: ignore[no-any-return]
@@ -194,3 +272,15 @@ def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def fused_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     """linear(rms_norm(x)), x [T, H], keeping x alone for the backward pass."""
     return _NormLinear.apply(x, norm_weight, weight, bias, epsilon)  # type: ignore[no-any-return]
+
+
+def fused_add_norm(x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """`add_norm` in one pass, and its two gradients added up in one."""
+    return _AddNorm.apply(x, added, weight, epsilon)  # type: ignore[no-any-return]
+
+
+def fused_add_norm_linear(
+    x: Tensor, added: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """`add_norm_linear`, keeping the sum alone for the backward pass."""
+    return _AddNormLinear.apply(x, added, norm_weight, weight, bias, epsilon)  # type: ignore[no-any-return]
