@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from megatron_swift.kernels import fp8, fp8_values, layers
 from megatron_swift.kernels.fp8 import Fp8Linears, Fp8Options, choose_fp8
@@ -134,9 +135,12 @@ def test_a_weight_is_cast_once_a_pass(monkeypatch):
         before = linears.linear(x, w)
         w.mul_(-1)
         assert error(linears.linear(x, w), -before.double()) < 1e-6 and len(cast) == 3
+    linears.forget()
+    checkpoint(linears.linear, x, w, use_reentrant=False).sum().backward()  # computed twice
+    assert len(cast) == 4
     elsewhere = Fp8Linears(Fp8Options(format="hybrid"), keep_weights=False)
     elsewhere.linear(x, w).sum().backward()
-    assert len(cast) == 5 and not elsewhere._weights
+    assert len(cast) == 6 and not elsewhere._weights
 
 
 def test_a_measured_gradient_is_found_by_itself_alone():

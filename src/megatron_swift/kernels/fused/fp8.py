@@ -40,6 +40,12 @@ def _power_of_two(bits, TOP: tl.constexpr, SMALL: tl.constexpr):  # type: ignore
 
 
 @triton.jit
+def _inverse(power):  # type: ignore[no-untyped-def]  # Triton compiles it
+    """1 / power, of a power of two exactly: a division on the GPU may be off by a bit. NaN gives some number, which the scale outweighs."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _to_8_bits(v, at, TOP: tl.constexpr, SOFT: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton compiles it
     """v, at most the largest value, as the type that `at` points to. SOFT: rounded here, since the interpreter's conversion cuts."""
     if SOFT:
@@ -142,13 +148,13 @@ def _cast_rowwise(  # type: ignore[no-untyped-def]  # Triton compiles it
         if right == 0:
             tl.store(row_scale + row, one, row < padded_n)
         tl.store(
-            rows + row[:, None] * k + column[None, :], _to_8_bits(v * (1.0 / one)[:, None], rows, TOP, SOFT), inside
+            rows + row[:, None] * k + column[None, :], _to_8_bits(v * _inverse(one)[:, None], rows, TOP, SOFT), inside
         )
     if COLUMNS:
         one = _power_of_two(tl.load(of_columns + column, column < k, 0), TOP, SMALL)
         if down == 0:
             tl.store(column_scale + column, one, column < k)
-        turned = tl.trans(_to_8_bits(v * (1.0 / one)[None, :], columns, TOP, SOFT))
+        turned = tl.trans(_to_8_bits(v * _inverse(one)[None, :], columns, TOP, SOFT))
         tl.store(columns + column[:, None] * padded_n + row[None, :], turned, tl.trans(inside))
 
 
@@ -183,24 +189,24 @@ def _cast_blockwise(  # type: ignore[no-untyped-def]  # Triton compiles it
     if ROWS:
         if SQUARE:
             tl.store(row_scale + down * row_stride + right, one)
-            scaled = raw.to(tl.float32) * (1.0 / one)
+            scaled = raw.to(tl.float32) * _inverse(one)
         else:
             of_row = _power_of_two(tl.max(magnitude(raw), 1), TOP, SMALL)
             tl.store(row_scale + right * row_stride + row, of_row)
-            scaled = raw.to(tl.float32) * (1.0 / of_row)[:, None]
+            scaled = raw.to(tl.float32) * _inverse(of_row)[:, None]
         tl.store(rows + row[:, None] * k + column[None, :], _to_8_bits(scaled, rows, TOP, SOFT))
     if COLUMNS:
         turned = tl.trans(raw)  # before it is cast: the hardware turns 16-bit values
         if SQUARE:
             tl.store(column_scale + right * column_stride + down, one)
-            scaled = turned.to(tl.float32) * (1.0 / one)
+            scaled = turned.to(tl.float32) * _inverse(one)
         else:
             of_column = _power_of_two(tl.max(magnitude(raw), 0), TOP, SMALL)
             tl.store(column_scale + down * column_stride + column, of_column)
             # Read back: a value at hand would have the compiler turn the cast tile, byte by byte, instead of the 16-bit one.
             tl.debug_barrier()
             of_column = tl.load(column_scale + down * column_stride + column)
-            scaled = turned.to(tl.float32) * (1.0 / of_column)[:, None]
+            scaled = turned.to(tl.float32) * _inverse(of_column)[:, None]
         tl.store(columns + column[:, None] * padded_n + row[None, :], _to_8_bits(scaled, columns, TOP, SOFT))
 
 
