@@ -47,7 +47,7 @@ class _Held(NamedTuple):
 
 
 class Fp8Linears:
-    """The forms of `LayerKernels.linear`, `norm_linear` and `swiglu_linear` in 8 bits.
+    """The forms of `LayerKernels.linear`, `norm_linear`, `add_norm_linear` and `swiglu_linear` in 8 bits.
 
     keep_weights : a weight is cast once in a pass, and both copies of it are held from then on until `forget`. Without, it is cast where it
                    is used, once more in the backward pass: for weights that leave the memory in between.
