@@ -1,11 +1,13 @@
 """Training steps of the product's own engine on one GPU, on random weights and packed rows: what every user's step costs.
 
     python benchmarks/gpu.py [--cases dense moe ...] [--steps 5] [--set name=value ...] [--profile] [--out FILE]
+    python benchmarks/gpu.py --cases llama8b --fp8_format hybrid --fp8_recipe tensorwise rowwise blockwise
 
 Shapes: Qwen2.5-1.5B (dense), Qwen1.5-MoE-A2.7B with 4 of its 24 layers (moe), Llama-3-8B with 8 of its 32 layers (llama8b). TFLOP/s are
 model FLOPs as train/flops.py counts them: recomputation is not counted. Seconds are the mean of `--steps` steps
 after two that warm up (alpaca: after an epoch).
 `alpaca` steps through real rows instead, two packs of 8192 tokens each step: benchmarks/gpu_rows.py says where they come from.
+With `--fp8_format` each case runs in bfloat16 first and then in 8 bits, once for each recipe; blockwise takes e4m3 whatever the format.
 `--set` changes fields of EngineOptions, so that two ways to compute can be told apart. Prints one line per case, then JSON.
 """
 
@@ -29,6 +31,7 @@ from gpu_rows import packed_batches
 
 from megatron_swift.data.loader import collate
 from megatron_swift.data.types import Batch, Sample
+from megatron_swift.kernels.fp8 import Fp8Options
 from megatron_swift.models.config import ModelConfig, MoEConfig
 from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
 from megatron_swift.parallel.mesh import Mesh, start
@@ -229,23 +232,42 @@ def parse_change(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def ways(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Changes of EngineOptions to measure each case with, by what is added to its name."""
+    if arguments.fp8_format is None:
+        return {"": {}}
+    found: dict[str, dict[str, Any]] = {"": {}}
+    for recipe in arguments.fp8_recipe:
+        kind = "e4m3" if recipe == "blockwise" else arguments.fp8_format
+        for fast in (False, True) if arguments.fp8_fast_backward and recipe != "blockwise" else (False,):
+            options = Fp8Options(format=kind, recipe=recipe, fast_backward=fast)
+            found[f"-{kind}-{recipe}{'-fast' if fast else ''}"] = {"fp8": options}
+    return found
+
+
 def main() -> None:
     """Parse, measure, print and perhaps keep the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--set", nargs="*", type=parse_change, default=[], metavar="NAME=VALUE")
+    parser.add_argument("--fp8_format", choices=("hybrid", "e4m3"))
+    parser.add_argument(
+        "--fp8_recipe", nargs="+", choices=("tensorwise", "rowwise", "blockwise"), default=["tensorwise"]
+    )
+    parser.add_argument("--fp8_fast_backward", action="store_true", help="the same with fast sums in the backward pass")
     parser.add_argument("--profile", type=Path, help="folder for a table of one step's kernels per case")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
     mesh = start(backend="nccl", timeout_minutes=1)
     assert mesh.device.type == "cuda", "this measures a GPU; benchmarks/step.py measures a CPU"
     results: dict[str, Any] = {}
-    for name in arguments.cases:
+    for case, (way, fp8) in itertools.product(arguments.cases, ways(arguments).items()):
+        name, changes = case + way, dict(arguments.set) | fp8
         profile = str(arguments.profile / f"{name}.txt") if arguments.profile else None
         try:
-            result = run_case(CASES[name], mesh, steps=arguments.steps, changes=dict(arguments.set), profile=profile)
-        except torch.OutOfMemoryError as error:
+            result = run_case(CASES[case], mesh, steps=arguments.steps, changes=changes, profile=profile)
+        except RuntimeError as error:  # most often of memory; the other cases are worth having all the same
             result = {"error": str(error).splitlines()[0][:160]}
         results[name] = result
         print(name, {k: v for k, v in result.items() if k != "kernels"}, flush=True)

@@ -133,6 +133,8 @@ def test_what_follows_from_other_settings_is_recorded_as_it_came_out():
         (("--global_batch_size", "7"), "global_batch_size", "steps of another size"),
         (("--dataloader_type", "single"), "dataloader_type", "another order"),
         (("--clip_grad", "0.5"), "clip_grad", "updates go on"),
+        (("--fp8_format", "hybrid"), "fp8_format", "another precision"),
+        (("--fp8_recipe", "rowwise"), "fp8_recipe", "another precision"),
         (("--tensor_model_parallel_size", "2"), "tensor_model_parallel_size", "sums in another order"),
     ],
 )

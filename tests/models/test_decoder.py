@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from megatron_swift.data.types import IGNORE
 from megatron_swift.kernels.cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy
+from megatron_swift.kernels.fp8 import Fp8Linears, Fp8Options
 from megatron_swift.models.decoder import build_decoder
 from megatron_swift.testing import make_tiny_model
 from tiny_models import CPU, as_batch, as_row, load, random_samples
@@ -71,3 +72,25 @@ def test_build_leaves_the_default_dtype_alone(folder):
     assert torch.get_default_dtype() == torch.float32
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
     assert model.rotary.inverse.dtype == torch.float32 and model.rotary.inverse.device == CPU
+
+
+def test_which_linears_are_in_8_bits(tmp_path):
+    """Attention, dense MLP and shared expert; the rest of a mixture of experts and the output layer are not, nor do they lose their kernels."""
+    sizes = {"shared_expert_intermediate_size": 48, "decoder_sparse_step": 2}
+    model = load(make_tiny_model(tmp_path / "m", family="qwen2_moe", tied=False, **sizes), torch.bfloat16)
+    linears = Fp8Linears(Fp8Options(format="hybrid"))
+    model.change_linears(linears.kernels)
+    changed = {
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "kernels") and module.kernels.linear == linears.linear
+    }
+    attention = {f"decoder.layers.{i}.self_attention.linear_{part}" for i in (0, 1) for part in ("qkv", "proj")}
+    dense = {f"decoder.layers.0.mlp.linear_{part}" for part in ("fc1", "fc2")}
+    shared = {f"decoder.layers.1.mlp.shared_experts.linear_{part}" for part in ("fc1", "fc2")}
+    assert changed == attention | dense | shared
+    batch = as_batch(random_samples(np.random.default_rng(0), (9, 30), trained=1.0, vocab_size=451))
+    model(as_row(batch), torch.tensor(0.25)).backward()
+    cast = {id(held.weight) for held in linears._weights.values()}
+    assert cast == {id(model.get_submodule(name).weight) for name in changed}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

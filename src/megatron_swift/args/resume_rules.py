@@ -33,6 +33,7 @@ CONSEQUENCES = {
     **dict.fromkeys(("template", "max_length", "truncation_strategy", "packing", "loss_scale", "data_seed"), _ROWS),
     "split_dataset_ratio": _ROWS,
     "dtype": "weights and matrix products in another precision",
+    **dict.fromkeys(("fp8_format", "fp8_recipe"), "matrix products in another precision"),
     "ranks": _SUMS,
     **dict.fromkeys(
         (

@@ -204,6 +204,16 @@ class MixedPrecisionParams(Arguments):
         "Compute the attention softmax in float32. Only the unfused attention_backend can do otherwise: the fused kernels "
         "always do.",
     )
+    fp8_format: Literal["hybrid", "e4m3"] | None = param(
+        None,
+        "Compute the linear layers of attention, dense MLPs and shared experts in 8-bit floating point: hybrid = gradients in e5m2 and all "
+        "else in e4m3, e4m3 = everything. Needs bfloat16 and, on GPUs, compute capability 8.9. Beyond ms-swift v3.4.0.",
+    )
+    fp8_recipe: Literal["tensorwise", "rowwise", "blockwise"] = param(
+        "tensorwise",
+        "With fp8_format, what shares a scale: a whole matrix, each of its rows, or blocks (128 values of a row; 128 x 128 of a weight, "
+        "as DeepSeek-V3; e4m3, Hopper). Always the present values' scale. Beyond ms-swift v3.4.0.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

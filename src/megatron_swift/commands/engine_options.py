@@ -10,6 +10,7 @@ from megatron_swift.args.training_params import asked_kernel
 from megatron_swift.args.transformer_engine import wish
 from megatron_swift.checkpoint.weights import TORCH_DTYPES
 from megatron_swift.commands.setup import RunSetup
+from megatron_swift.kernels.fp8 import Fp8Options
 from megatron_swift.models.routing import RouterOptions
 from megatron_swift.parallel.data import Sharding
 from megatron_swift.parallel.dropout import Dropout
@@ -45,6 +46,7 @@ def engine_options(setup: RunSetup) -> EngineOptions:
         unfused=tuple(
             name for name, off in (("rope", args.no_rope_fusion), ("swiglu", args.no_bias_swiglu_fusion)) if off
         ),
+        fp8=Fp8Options(format=args.fp8_format, recipe=args.fp8_recipe) if args.fp8_format is not None else None,
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
         tp_comm_overlap=args.tp_comm_overlap,
         sharding=Sharding(strategy),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from megatron_swift.args.commands import DataShowArguments, TrainArguments
+from megatron_swift.args.fp8_rules import check_fp8
 from megatron_swift.args.inherit import inherit
 from megatron_swift.args.moe_rules import Experts, check_experts
 from megatron_swift.args.resume_rules import find_auto
@@ -150,6 +151,7 @@ def _check_shape(args: TrainArguments, model: ModelConfig, *, world_size: int) -
     dp_size = data_parallel_size(args, world_size=world_size)
     check_experts(args, _experts(model), world_size=world_size)
     check_layout(args, _shape(model), num_micro_batches=args.global_batch_size // (args.micro_batch_size * dp_size))
+    check_fp8(args, sizes=linear_sizes(model, args.tensor_model_parallel_size), dtype=choose_dtype(args, model))
     return dp_size
 
 
@@ -172,6 +174,21 @@ def _shape(model: ModelConfig) -> Shape:
         num_query_groups=model.num_query_groups,
         ffn_hidden_size=inner,
     )
+
+
+def linear_sizes(model: ModelConfig, tp: int) -> dict[str, int]:
+    """The features on either side of the linear layers of attention, dense MLPs and shared experts on one of tp ranks, by what makes them."""
+    heads, groups, moe = model.num_attention_heads // tp, max(model.num_query_groups // tp, 1), model.moe
+    sizes = {
+        "hidden_size": model.hidden_size,
+        "heads x kv_channels": heads * model.kv_channels,
+        "rows of linear_qkv": (heads + 2 * groups) * model.kv_channels,
+    }
+    if moe is None or not all(moe.sparse_layers):
+        sizes["ffn_hidden_size"] = model.ffn_hidden_size // tp
+    if moe is not None and moe.shared_size:
+        sizes["moe_shared_expert_intermediate_size"] = moe.shared_size // tp
+    return sizes
 
 
 def _experts(model: ModelConfig) -> Experts | None:

@@ -82,8 +82,9 @@ def split_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class LayerKernels:
-    """The forms in use; each behaves as the plain function of its name."""
+    """The forms in use; each behaves as the plain function of its name, linear(x, weight, bias) as torch's."""
 
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
     norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     norm_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = norm_linear
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_norm

@@ -208,6 +208,18 @@ class Decoder(nn.Module):
             if isinstance(module, (RMSNorm, NormLinear, Linear, Attention, Experts)):
                 module.kernels = kernels
 
+    def change_linears(self, change: Callable[[LayerKernels], LayerKernels]) -> None:
+        """Other kernels for the linear layers of attention, dense MLPs and shared experts; `set_kernels` comes before.
+
+        Not for routers and their experts, gates, embeddings and the output layer.
+        """
+        for layer in self.layers:
+            mlp = layer.mlp.shared_experts if isinstance(layer.mlp, MoELayer) else layer.mlp
+            for part in (layer.self_attention, mlp):
+                for module in part.modules() if part is not None else ():
+                    if isinstance(module, (Linear, NormLinear)):
+                        module.kernels = change(module.kernels)
+
     @property
     def fusible(self) -> set[str]:
         """What of this model has the form that `kernels.layers` has kernels for, under its names."""

@@ -33,7 +33,7 @@ def new_parameter(*shape: int) -> nn.Parameter:
 class RMSNorm(nn.Module):
     """A norm of its own (q, k and the final one); the other norms live inside the linear layer they feed.
 
-    `kernels`, here and below: the forms of what lies between the matrix products.
+    `kernels`, here and below: the forms of what lies between the matrix products, and of the products of linear layers.
     """
 
     def __init__(self, size: int, epsilon: float):
@@ -88,7 +88,7 @@ class Linear(nn.Module):
         self.kernels = PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.with_bias(self.leave(F.linear(self.enter(x), self.weight)))
+        return self.with_bias(self.leave(self.kernels.linear(self.enter(x), self.weight, None)))
 
     def after_swiglu(self, gate_up: Tensor) -> Tensor:
         """forward(silu(gate) * up), gate_up [T, 2 * in_features]: gates, then ups."""
@@ -130,7 +130,9 @@ class NormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.at_once:
             return self.kernels.norm_linear(x, self.layer_norm_weight, self.weight, self.bias, self.epsilon)
-        return through(self._entering, lambda y: F.linear(y, self.weight, self.bias), x, again=self.norm_again)
+        return through(
+            self._entering, lambda y: self.kernels.linear(y, self.weight, self.bias), x, again=self.norm_again
+        )
 
     def after_add(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x + added, forward of that)."""

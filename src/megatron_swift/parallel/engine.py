@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_swift.data.types import IGNORE, Batch
 from megatron_swift.kernels.attention import Segments
 from megatron_swift.kernels.cross_entropy import ChunkedLoss, choose_chunked, linear_cross_entropy, plain_softmax
+from megatron_swift.kernels.fp8 import Fp8Linears, Fp8Options, choose_fp8
 from megatron_swift.kernels.grouped_linear import choose_grouped
 from megatron_swift.kernels.layers import choose_layer_kernels
 from megatron_swift.kernels.router import choose_gate
@@ -61,6 +62,7 @@ class EngineOptions:
     chunks_per_rank : virtual pipeline stages on each rank. first_layers, last_layers : of the first and last stage, None: balanced.
     context_kind    : all_gather, p2p or a2a.
     unfused         : of norm, rope and swiglu, those that are not computed by Triton kernels where these run.
+    fp8             : how linear layers are computed in 8 bits; None: they are not.
     dropout         : what is dropped in training, and the seed of it.
     router, dispatcher, grouped_experts, overlap_shared_expert : of a mixture of experts; see models.routing and parallel.expert.
     """
@@ -71,6 +73,7 @@ class EngineOptions:
     softmax_in_fp32: bool = True
     chunked_cross_entropy: bool = False
     unfused: tuple[str, ...] = ()
+    fp8: Fp8Options | None = None
     sequence_parallel: bool = False
     tp_comm_overlap: bool = False
     sharding: Sharding = Sharding.OPTIM
@@ -106,9 +109,10 @@ class Engine:
         pipeline: Pipeline | None,
         kernels: dict[str, str],
         routers: RouterTotals | None,
+        fp8: Fp8Linears | None = None,
     ):
         self.chunks, self.mesh, self.shards, self.options, self.kernels = chunks, mesh, shards, options, kernels
-        self.hidden_size, self.pipeline, self.routers = hidden_size, pipeline, routers
+        self.hidden_size, self.pipeline, self.routers, self.fp8 = hidden_size, pipeline, routers, fp8
         self.exact_dtype = torch.promote_types(options.compute_dtype, torch.float32)
 
     @property
@@ -194,6 +198,8 @@ class Engine:
                 row = self._with_noise(row, batch, (iteration, number * self.mesh.dp.size + self.mesh.dp.rank))
             rows.append(row)
         losses = self._pass(rows, self._scalar(scale), train=train)
+        if self.fp8 is not None:
+            self.fp8.forget()
         if self.routers is not None and train:
             self.routers.add(routed)
         return losses
@@ -280,6 +286,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     chunks = []
     if options.tp_comm_overlap:
         require_symmetric_memory(mesh.tp, device)
+    fp8 = _choose_fp8(options, device, sharded=sharded)
     for number in range(options.chunks_per_rank):
         stage = number * mesh.pp.size + mesh.pp.rank
         model = build_decoder(
@@ -291,7 +298,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
             first=stage == 0,
             last=stage == len(stages) - 1,
         )
-        _install_layer_kernels(model, mesh, options, kernels)
+        _install_layer_kernels(model, mesh, options, kernels, fp8)
         _install_attention(model, mesh, options, kernels)
         _install_tensor_parallel(model, cfg, mesh, options, kernels)
         _install_experts(model, local, mesh, options, kernels)
@@ -322,7 +329,13 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
         pipeline=pipeline,
         kernels=kernels,
         routers=RouterTotals(cfg, mesh) if cfg.moe is not None else None,
+        fp8=fp8,
     )
+
+
+def _choose_fp8(options: EngineOptions, device: torch.device, *, sharded: bool) -> Fp8Linears | None:
+    stay = not (sharded and options.sharding is Sharding.OPTIM_GRADS_PARAMS)
+    return choose_fp8(options.fp8, device=device, dtype=options.compute_dtype, keep_weights=stay)
 
 
 def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]:
@@ -335,7 +348,9 @@ def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]
     )
 
 
-def _install_layer_kernels(model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]) -> None:
+def _install_layer_kernels(
+    model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str], fp8: Fp8Linears | None
+) -> None:
     chosen, kernels["layers"] = choose_layer_kernels(
         options.unfused,
         device=mesh.device,
@@ -344,6 +359,9 @@ def _install_layer_kernels(model: Decoder, mesh: Mesh, options: EngineOptions, k
         used=model.fusible,
     )
     model.set_kernels(chosen)
+    if fp8 is not None:
+        model.change_linears(fp8.kernels)
+        kernels["fp8"] = fp8.sentence
 
 
 def _install_attention(model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]) -> None:

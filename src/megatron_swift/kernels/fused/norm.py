@@ -10,12 +10,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_swift.kernels.fused.fp8 import SLOTS, magnitude
+
 _PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each keeps a row of the weight's gradient in registers
 
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]  # Triton compiles it
-    x, added, total, weight, y, rstd, rows, columns, epsilon, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    added,
+    total,
+    weight,
+    y,
+    rstd,
+    amax,
+    rows,
+    columns,
+    epsilon,
+    ADD: tl.constexpr,
+    AMAX: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -30,8 +46,11 @@ def _forward(  # type: ignore[no-untyped-def]  # Triton compiles it
     w = tl.load(weight + column, column < columns, 0.0).to(tl.float32)
     # Rounded before the product with the weight, as the plain form does it.
     scaled = (v * r[:, None]).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + at, (scaled * w[None, :]).to(y.dtype.element_ty), inside)
+    out = (scaled * w[None, :]).to(y.dtype.element_ty)
+    tl.store(y + at, out, inside)
     tl.store(rstd + row, r, row < rows)
+    if AMAX:
+        tl.atomic_max(amax + tl.program_id(0) % SLOTS, tl.max(tl.max(magnitude(out), 1), 0), sem="relaxed")
 
 
 @triton.jit
@@ -44,11 +63,14 @@ def _backward(  # type: ignore[no-untyped-def]  # Triton compiles it
     dx,
     partial,
     again,
+    amax,
     rows,
     columns,
     tiles,
     ADD: tl.constexpr,
     AGAIN: tl.constexpr,
+    AMAX: tl.constexpr,
+    SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -56,6 +78,7 @@ def _backward(  # type: ignore[no-untyped-def]  # Triton compiles it
     column = tl.arange(0, BLOCK)
     w = tl.load(weight + column, column < columns, 0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.int32)
     for tile in range(program, tiles, programs):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         at = row[:, None] * columns + column[None, :]
@@ -70,10 +93,15 @@ def _backward(  # type: ignore[no-untyped-def]  # Triton compiles it
         d = r[:, None] * (gw - exact * mean[:, None])
         if ADD:
             d += tl.load(beside + at, inside, 0.0).to(tl.float32)
-        tl.store(dx + at, d.to(dx.dtype.element_ty), inside)
+        rounded = d.to(dx.dtype.element_ty)
+        tl.store(dx + at, rounded, inside)
+        if AMAX:
+            largest = tl.maximum(largest, tl.max(magnitude(rounded), 0))
         if AGAIN:
             tl.store(again + at, (scaled * w[None, :]).to(dx.dtype.element_ty), inside)
     tl.store(partial + program.to(tl.int64) * columns + column, dw, column < columns)
+    if AMAX:
+        tl.atomic_max(amax + program % SLOTS, tl.max(largest, 0), sem="relaxed")
 
 
 def _tile(columns: int) -> tuple[int, int, int]:
@@ -83,9 +111,12 @@ def _tile(columns: int) -> tuple[int, int, int]:
 
 
 def norm_forward(
-    x: Tensor, weight: Tensor, epsilon: float, added: Tensor | None = None
+    x: Tensor, weight: Tensor, epsilon: float, added: Tensor | None = None, *, amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., H] contiguous -> (x + added, or x itself; the RMSNorm of that; 1 / its root mean square, float32 [number of rows])."""
+    """x [..., H] contiguous -> (x + added, or x itself; the RMSNorm of that; 1 / its root mean square, float32 [number of rows]).
+
+    amax : `fused.fp8.amax_slots`, where the largest value of the norm shall be left.
+    """
     columns = x.shape[-1]
     number = x.numel() // columns
     y, rstd = torch.empty_like(x), torch.empty(number, dtype=torch.float32, device=x.device)
@@ -99,10 +130,13 @@ def norm_forward(
             weight,
             y,
             rstd,
+            rstd if amax is None else amax,
             number,
             columns,
             epsilon,
             ADD=added is not None,
+            AMAX=amax is not None,
+            SLOTS=SLOTS,
             ROWS=rows,
             BLOCK=block,
             num_warps=warps,
@@ -111,11 +145,19 @@ def norm_forward(
 
 
 def norm_backward(
-    x: Tensor, weight: Tensor, rstd: Tensor, grad: Tensor, *, again: bool, beside: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    *,
+    again: bool,
+    beside: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(gradient of x, gradient of the weight, the normalised rows once more if `again`).
 
     beside : what reaches x past the norm; the gradient of x is the sum.
+    amax   : as in `norm_forward`, of the gradient of x.
     """
     columns = x.shape[-1]
     number = len(rstd)
@@ -134,11 +176,14 @@ def norm_backward(
         dx,
         partial,
         dx if normalised is None else normalised,
+        dx if amax is None else amax,
         number,
         columns,
         tiles,
         ADD=beside is not None,
         AGAIN=again,
+        AMAX=amax is not None,
+        SLOTS=SLOTS,
         ROWS=rows,
         BLOCK=block,
         num_warps=warps,

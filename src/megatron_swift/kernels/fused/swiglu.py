@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_swift.kernels.fused.fp8 import SLOTS, magnitude
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _forward(gate_up, y, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton compiles it
+def _forward(gate_up, y, amax, columns, AMAX: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton compiles it
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -22,11 +24,25 @@ def _forward(gate_up, y, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyp
     gate = tl.load(at, inside, 0.0).to(tl.float32)
     up = tl.load(at + columns, inside, 0.0).to(tl.float32)
     activated = (gate * tl.sigmoid(gate)).to(y.dtype.element_ty).to(tl.float32)  # rounded as the plain form does
-    tl.store(y + row * columns + column, (activated * up).to(y.dtype.element_ty), inside)
+    out = (activated * up).to(y.dtype.element_ty)
+    tl.store(y + row * columns + column, out, inside)
+    if AMAX:
+        tl.atomic_max(amax + tl.program_id(0) % SLOTS, tl.max(magnitude(out), 0), sem="relaxed")
 
 
 @triton.jit
-def _backward(gate_up, grad, d_gate_up, again, columns, AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton compiles it
+def _backward(  # type: ignore[no-untyped-def]  # Triton compiles it
+    gate_up,
+    grad,
+    d_gate_up,
+    again,
+    amax,
+    columns,
+    AGAIN: tl.constexpr,
+    AMAX: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -36,11 +52,15 @@ def _backward(gate_up, grad, d_gate_up, again, columns, AGAIN: tl.constexpr, BLO
     g = tl.load(grad + row * columns + column, inside, 0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     activated = (gate * share).to(grad.dtype.element_ty).to(tl.float32)
-    d_gate = g * up * share * (1.0 + gate * (1.0 - share))
-    tl.store(d_gate_up + pair, d_gate.to(grad.dtype.element_ty), inside)
-    tl.store(d_gate_up + pair + columns, (g * activated).to(grad.dtype.element_ty), inside)
+    d_gate = (g * up * share * (1.0 + gate * (1.0 - share))).to(grad.dtype.element_ty)
+    d_up = (g * activated).to(grad.dtype.element_ty)
+    tl.store(d_gate_up + pair, d_gate, inside)
+    tl.store(d_gate_up + pair + columns, d_up, inside)
     if AGAIN:
         tl.store(again + row * columns + column, (activated * up).to(grad.dtype.element_ty), inside)
+    if AMAX:
+        largest = tl.max(tl.maximum(magnitude(d_gate), magnitude(d_up)), 0)
+        tl.atomic_max(amax + tl.program_id(0) % SLOTS, largest, sem="relaxed")
 
 
 @triton.jit
@@ -68,23 +88,39 @@ def _weighted_backward(  # type: ignore[no-untyped-def]  # Triton compiles it
     tl.store(d_weight + row, tl.sum(total, 0))
 
 
-def swiglu_forward(gate_up: Tensor) -> Tensor:
-    """[N, 2F] contiguous -> silu(first half) * second half [N, F]."""
+def swiglu_forward(gate_up: Tensor, *, amax: Tensor | None = None) -> Tensor:
+    """[N, 2F] contiguous -> silu(first half) * second half [N, F].
+
+    amax, here and below: `fused.fp8.amax_slots`, where the largest value of the result shall be left.
+    """
     number, columns = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(number, columns)
     if number:
-        _forward[(number, triton.cdiv(columns, _BLOCK))](gate_up, y, columns, BLOCK=_BLOCK)
+        _forward[(number, triton.cdiv(columns, _BLOCK))](
+            gate_up, y, y if amax is None else amax, columns, AMAX=amax is not None, SLOTS=SLOTS, BLOCK=_BLOCK
+        )
     return y
 
 
-def swiglu_backward(gate_up: Tensor, grad: Tensor, *, again: bool) -> tuple[Tensor, Tensor | None]:
+def swiglu_backward(
+    gate_up: Tensor, grad: Tensor, *, again: bool, amax: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(gradient of gate_up, the product once more if `again`)."""
     number, columns = grad.shape
     d_gate_up = torch.empty_like(gate_up)
     product = torch.empty_like(grad) if again else None
     if number:
         _backward[(number, triton.cdiv(columns, _BLOCK))](
-            gate_up, grad, d_gate_up, grad if product is None else product, columns, AGAIN=again, BLOCK=_BLOCK
+            gate_up,
+            grad,
+            d_gate_up,
+            grad if product is None else product,
+            grad if amax is None else amax,
+            columns,
+            AGAIN=again,
+            AMAX=amax is not None,
+            SLOTS=SLOTS,
+            BLOCK=_BLOCK,
         )
     return d_gate_up, product
 
