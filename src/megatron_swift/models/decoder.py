@@ -49,7 +49,10 @@ class TransformerLayer(nn.Module):
     hidden_dropout : the share of what attention and MLP add that is dropped, in rows that bring noise.
     norm_again     : the normalised input of experts is not kept for the backward pass but computed again.
     run_mlp        : calls a dense MLP; recomputation is put there.
+    form           : calls the parts of the layer; compiled ones are put there.
     """
+
+    form: LayerForm
 
     def __init__(self, cfg: ModelConfig, number: int):
         super().__init__()
@@ -58,7 +61,7 @@ class TransformerLayer(nn.Module):
         # A dense MLP has its norm inside, under Megatron-Core's names; the router and all experts share one.
         self.pre_mlp_layernorm = make_norm(cfg, cfg.hidden_size) if cfg.is_sparse(number) else None
         self.mlp = MoELayer(cfg, number) if cfg.is_sparse(number) else make_mlp(cfg)
-        self.norm_again, self.run_mlp = False, call
+        self.norm_again, self.run_mlp, self.form = False, call, TransformerLayer.written_out
 
     @property
     def streams(self) -> tuple[int, int, int]:
@@ -68,6 +71,10 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None = None) -> Tensor:
         """x [T, H] -> [T, H]."""
+        return self.form(self, x, rotary, segments, routing)
+
+    def written_out(self, x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None = None) -> Tensor:
+        """forward, operation by operation."""
         x = x + self._dropped(self.self_attention(x, rotary, segments), segments, self.streams[1])
         if self.pre_mlp_layernorm is None:
             return x + self._dropped(self.run_mlp(self.mlp, x), segments, self.streams[2])
@@ -80,6 +87,8 @@ class TransformerLayer(nn.Module):
         return dropout(y, self.hidden_dropout, segments.noise, stream)
 
 
+# form(layer, x [T, H], cos and sin, segments, routing) -> [T, H]
+LayerForm = Callable[[TransformerLayer, Tensor, Rotation, Segments, Routing | None], Tensor]
 # run(layers, x [T, H], cos and sin, segments, routing) -> [T, H]
 LayerRunner = Callable[[Sequence[TransformerLayer], Tensor, Rotation, Segments, Routing | None], Tensor]
 

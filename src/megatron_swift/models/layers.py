@@ -175,19 +175,21 @@ class Attention(nn.Module):
         self.core, self.kernels, self.turn = plain_attention, PLAIN, choose_turn(cfg)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments) -> Tensor:
-        """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, dims]. Heads are counted from the weight: a rank may hold some of them."""
+        """x [T, H] -> [T, H]. rotary: cos and sin [T, 1, dims]."""
+        q, k, v = self.heads(x, *rotary)
+        return self.linear_proj(self.core(q, k, v, segments).reshape(len(q), -1))
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What enters the core: q [T, heads, d], k and v [T, groups, d]. Heads are counted from the weight: a rank may hold some of them."""
         qkv = self.linear_qkv(x)
-        tokens = qkv.shape[0]
         # Rows are ordered by query group: its query heads, then its key, then its value.
-        grouped = qkv.view(tokens, -1, self.heads_per_group + 2, self.head_dim)
+        grouped = qkv.view(qkv.shape[0], -1, self.heads_per_group + 2, self.head_dim)
         if self.q_layernorm is None and self.turn is rotate:
-            q, k, v = self.kernels.split_rotate(grouped, *rotary)
-        else:
-            q, k, v = split_qkv(grouped)
-            if self.q_layernorm is not None and self.k_layernorm is not None:
-                q, k = self.q_layernorm(q), self.k_layernorm(k)
-            q, k = self.turn(q, *rotary), self.turn(k, *rotary)
-        return self.linear_proj(self.core(q, k, v, segments).reshape(tokens, -1))
+            return self.kernels.split_rotate(grouped, cos, sin)
+        q, k, v = split_qkv(grouped)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        return self.turn(q, cos, sin), self.turn(k, cos, sin), v
 
 
 class MLP(nn.Module):

@@ -20,10 +20,12 @@ from megatron_swift.kernels.layers import choose_layer_kernels
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row, build_decoder
 from megatron_swift.models.routing import RouterOptions, Routing
+from megatron_swift.parallel import compiled
 from megatron_swift.parallel import data as data_parallel
 from megatron_swift.parallel import expert as expert_parallel
 from megatron_swift.parallel import recompute as recomputation
 from megatron_swift.parallel import tensor as tensor_parallel
+from megatron_swift.parallel.compiled import Around, Compile
 from megatron_swift.parallel.context import context_core, context_segments, zigzag
 from megatron_swift.parallel.data import Sharding
 from megatron_swift.parallel.dropout import Dropout, drop_attention, noise_of
@@ -58,6 +60,7 @@ class EngineOptions:
     context_kind    : all_gather, p2p or a2a.
     unfused         : of norm, rope and swiglu, those that are not computed by Triton kernels where these run.
     dropout         : what is dropped in training, and the seed of it.
+    compile         : what torch.compile does; see parallel.compiled.
     router, dispatcher, grouped_experts, overlap_shared_expert : of a mixture of experts; see models.routing and parallel.expert.
     """
 
@@ -75,6 +78,7 @@ class EngineOptions:
     first_layers: int | None = None
     last_layers: int | None = None
     dropout: Dropout = field(default_factory=Dropout)
+    compile: Compile = field(default_factory=Compile)
     router: RouterOptions = field(default_factory=RouterOptions)
     dispatcher: str = "alltoall"
     grouped_experts: bool = True
@@ -259,8 +263,8 @@ def _to(array: np.ndarray, device: torch.device) -> Tensor:
 def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine:
     """Spread a model over the mesh. The parameters are uninitialised: load weights into `engine.shards`, then `push()`.
 
-    THE ordered list: stages -> layers -> kernels -> attention -> context -> tensor -> experts -> recomputation -> data parallelism -> shards
-    -> pipeline.
+    THE ordered list: stages -> layers -> kernels -> attention -> context -> tensor -> experts -> recomputation -> compilation -> data parallelism
+    -> shards -> pipeline.
     """
     exact, device = torch.promote_types(options.compute_dtype, torch.float32), mesh.device
     sharded = mesh.shard.size > 1 and options.sharding is not Sharding.NO_SHARD
@@ -287,6 +291,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
         _install_tensor_parallel(model, cfg, mesh, options, kernels)
         _install_experts(model, local, mesh, options, kernels)
         recomputation.install(model, options.recompute)
+        _install_compiled(model, mesh, options, kernels)
         if sharded or experts_sharded:
             data_parallel.shard(
                 model,
@@ -402,6 +407,17 @@ def _install_experts(
         product=product,
         fused="swiglu" not in options.unfused,
         overlap=options.overlap_shared_expert,
+    )
+
+
+def _install_compiled(model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str]) -> None:
+    compiled.install(
+        model,
+        options.compile,
+        Around(tensor_parallel=mesh.tp.size > 1, hidden_dropout=options.dropout.hidden, recompute=options.recompute),
+        device=mesh.device,
+        dtype=options.compute_dtype,
+        kernels=kernels,
     )
 
 
