@@ -5,6 +5,7 @@ import pytest
 from megatron_swift.args.commands import SftArguments, parse
 from megatron_swift.commands.engine_options import engine_options
 from megatron_swift.commands.setup import prepare_run
+from megatron_swift.parallel.compiled import Compile
 from megatron_swift.testing import make_tiny_model
 
 
@@ -20,6 +21,8 @@ def folder(tmp_path_factory):
         ("--no_rope_fusion true", "unfused", ("rope",)),
         ("--no_bias_swiglu_fusion true --no_rope_fusion true", "unfused", ("rope", "swiglu")),
         ("--cross_entropy_loss_fusion true", "chunked_cross_entropy", True),
+        ("", "compile", Compile("auto")),
+        ("--torch_compile false", "compile", Compile("false")),
     ],
 )
 def test_switches_reach_the_engine(folder, tmp_path, flags, name, value):
