@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatron_swift.parallel.compiled import Compile
 from megatron_swift.parallel.dropout import Dropout
-from megatron_swift.parallel.mesh import Sizes
+from megatron_swift.parallel.mesh import Sizes, start
 from megatron_swift.testing import make_tiny_model, run_ranks
 from megatron_swift.utils.compilers import why_no_compiler
 from megatron_swift.utils.errors import UsageError
@@ -41,9 +41,10 @@ def _nothing_compiled():
 
 def run_ragged(engine, rows=RAGGED) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Every row evaluated and trained on, the losses of both; the gradients of all."""
+    multiple = engine.row_multiple
     rng, losses = np.random.default_rng(3), []
     for lengths in rows:
-        batch = as_batch(random_samples(rng, lengths, trained=0.7, vocab_size=200), pad_to_multiple=1)
+        batch = as_batch(random_samples(rng, lengths, trained=0.7, vocab_size=200), pad_to_multiple=multiple)
         losses.append(engine.evaluate([batch])[0])
         losses.append(engine.forward_backward([batch], num_tokens=10))
     return losses, {shard.name: shard.master.grad.clone() for shard in engine.shards}
@@ -127,6 +128,26 @@ def test_layouts(folder, ranks, sizes, options, words):
     expected = by_hand(folder, torch.float64, SAMPLES)
     for result in run_ranks(on_layout, ranks, folder, torch.float64, SAMPLES, sizes, options, LR, said):
         compare(result, expected, 1e-10)
+
+
+def graphs_on_layout(rank, folder, sizes, options) -> int:
+    mesh, counter = start(backend="gloo", timeout_minutes=2, sizes=sizes), CompileCounterWithBackend("aot_eager")
+    run_ragged(make_engine(folder, torch.float64, mesh, compile=Compile("true", counter), **options))
+    return counter.frame_count
+
+
+COUNTED = [
+    (1, Sizes(), full("block", 2), 4),
+    (2, Sizes(), ZERO3, 4),
+    (2, Sizes(tp=2), SP, 6),
+    (2, Sizes(pp=2), VIRTUAL | full("uniform", 1), 4),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "sizes", "options", "graphs"), COUNTED, ids=str)
+def test_no_layout_makes_more_graphs(folder, ranks, sizes, options, graphs):
+    assert run_ranks(graphs_on_layout, ranks, folder, sizes, options) == [graphs] * ranks
 
 
 SPARSE = [
