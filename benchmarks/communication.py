@@ -29,8 +29,9 @@ from megatron_swift.data.loader import collate
 from megatron_swift.data.types import IGNORE, Batch, Sample
 from megatron_swift.models.families import describe
 from megatron_swift.parallel import mesh as mesh_module
+from megatron_swift.parallel.build import build_engine
 from megatron_swift.parallel.data import Sharding
-from megatron_swift.parallel.engine import Counts, EngineOptions, build_engine
+from megatron_swift.parallel.engine import Counts, EngineOptions
 from megatron_swift.parallel.mesh import Sizes
 from megatron_swift.testing import make_tiny_model, run_ranks
 from megatron_swift.train.optim import Optimizer, OptimizerOptions

@@ -1,6 +1,6 @@
 """Training steps of the product's own engine on one GPU, on random weights and packed rows: what every user's step costs.
 
-    python benchmarks/gpu.py [--cases dense moe ...] [--steps 5] [--set name=value ...] [--profile] [--out FILE]
+    python benchmarks/gpu.py [--cases dense moe ...] [--steps 5] [--set name=value ...] [--torch_compile true] [--profile FOLDER] [--out FILE]
     python benchmarks/gpu.py --cases llama8b --fp8_format hybrid --fp8_recipe tensorwise rowwise blockwise
 
 Shapes: Qwen2.5-1.5B (dense), Qwen1.5-MoE-A2.7B with 4 of its 24 layers (moe), Llama-3-8B with 8 of its 32 layers (llama8b). TFLOP/s are
@@ -33,7 +33,9 @@ from megatron_swift.data.loader import collate
 from megatron_swift.data.types import Batch, Sample
 from megatron_swift.kernels.fp8 import Fp8Options
 from megatron_swift.models.config import ModelConfig, MoEConfig
-from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
+from megatron_swift.parallel.build import build_engine
+from megatron_swift.parallel.compiled import Compile
+from megatron_swift.parallel.engine import Engine, EngineOptions
 from megatron_swift.parallel.mesh import Mesh, start
 from megatron_swift.parallel.recompute import Recompute
 from megatron_swift.train.flops import step_flops
@@ -96,6 +98,10 @@ LLAMA_8B = ModelConfig(
     **COMMON,
 )
 
+# The dense model with what Triton kernels do not cover: norms of each head before the rotation; LayerNorm and GELU.
+QWEN3 = DENSE.replace(qk_layernorm=True, qkv_bias=False)
+GELU = DENSE.replace(normalization="LayerNorm", swiglu=False, ffn_hidden_size=13440, linear_bias=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -125,6 +131,8 @@ CASES = {
     "ragged8192": Case(model=DENSE, lengths=ragged(16384, mean=150.0)),
     "documents": Case(model=DENSE, lengths=(3000, 33, 4096, 700, 1200, 5000, 2355)),
     "alpaca": Case(model=DENSE, lengths=()),
+    "qwen3": Case(model=QWEN3, lengths=(4096,) * 4),
+    "gelu": Case(model=GELU, lengths=(4096,) * 4),
     "dense2": Case(model=DENSE, lengths=(4096,) * 2),
     "moe2": Case(model=MOE, lengths=(4096,) * 2),
 }
@@ -202,6 +210,7 @@ def run_case(case: Case, mesh: Mesh, *, steps: int, changes: dict[str, Any], pro
 def release(engine: Engine, optimizer: Optimizer) -> None:
     """Free the memory for the next case: the hooks of gradients hold their parameters for as long as the process lives."""
     optimizer.states.clear()
+    torch.compiler.reset()  # torch gives up on a function after eight graphs
     for shard in engine.shards:
         shard.narrow = shard.master.grad = None
         shard.master.data, shard.param.data = shard.master.data.new_empty(0), shard.param.data.new_empty(0)
@@ -256,9 +265,13 @@ def main() -> None:
         "--fp8_recipe", nargs="+", choices=("tensorwise", "rowwise", "blockwise"), default=["tensorwise"]
     )
     parser.add_argument("--fp8_fast_backward", action="store_true", help="the same with fast sums in the backward pass")
+    parser.add_argument("--torch_compile", choices=("auto", "true", "false"), help="as in megatron sft")
     parser.add_argument("--profile", type=Path, help="folder for a table of one step's kernels per case")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
+    changes = dict(arguments.set)
+    if arguments.torch_compile:
+        changes["compile"] = Compile(arguments.torch_compile)
     mesh = start(backend="nccl", timeout_minutes=1)
     assert mesh.device.type == "cuda", "this measures a GPU; benchmarks/step.py measures a CPU"
     results: dict[str, Any] = {}
@@ -276,7 +289,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "results": results,
-        "changes": {k: str(v) for k, v in arguments.set},
+        "changes": {k: str(v) for k, v in changes.items()},
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": commit.stdout.strip(),

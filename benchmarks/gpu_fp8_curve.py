@@ -24,7 +24,8 @@ from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Batch
 from megatron_swift.kernels.fp8 import Fp8Options
 from megatron_swift.models.config import ModelConfig
-from megatron_swift.parallel.engine import EngineOptions, build_engine
+from megatron_swift.parallel.build import build_engine
+from megatron_swift.parallel.engine import EngineOptions
 from megatron_swift.parallel.mesh import Mesh, start
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
 from megatron_swift.train.precision import LossScale

@@ -33,7 +33,8 @@ from megatron_swift.data.types import Batch
 from megatron_swift.kernels.adamw import plain_adamw
 from megatron_swift.kernels.cross_entropy import linear_cross_entropy
 from megatron_swift.models.config import ModelConfig, MoEConfig
-from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
+from megatron_swift.parallel.build import build_engine
+from megatron_swift.parallel.engine import Engine, EngineOptions
 from megatron_swift.parallel.mesh import Mesh, start
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
 from megatron_swift.train.precision import LossScale

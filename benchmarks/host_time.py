@@ -22,7 +22,8 @@ from megatron_swift.checkpoint.huggingface import HuggingFaceWeights
 from megatron_swift.checkpoint.layout import tensor_specs
 from megatron_swift.models.families import describe
 from megatron_swift.parallel import mesh as mesh_module
-from megatron_swift.parallel.engine import EngineOptions, build_engine
+from megatron_swift.parallel.build import build_engine
+from megatron_swift.parallel.engine import EngineOptions
 from megatron_swift.parallel.mesh import Sizes
 from megatron_swift.testing import run_ranks
 from megatron_swift.train.optim import Optimizer, OptimizerOptions

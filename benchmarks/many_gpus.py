@@ -44,8 +44,9 @@ from megatron_swift.data.loader import collate
 from megatron_swift.data.types import Batch, Sample
 from megatron_swift.models.config import ModelConfig, MoEConfig
 from megatron_swift.parallel import mesh as meshes
+from megatron_swift.parallel.build import build_engine
 from megatron_swift.parallel.data import Sharding
-from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
+from megatron_swift.parallel.engine import Engine, EngineOptions
 from megatron_swift.parallel.mesh import Mesh, Sizes
 from megatron_swift.testing import run_ranks
 from megatron_swift.train.flops import step_flops

@@ -31,7 +31,8 @@ from megatron_swift.checkpoint.weights import TORCH_DTYPES
 from megatron_swift.data.loader import collate
 from megatron_swift.data.types import IGNORE, Batch, Sample
 from megatron_swift.models.families import FAMILIES
-from megatron_swift.parallel.engine import EngineOptions, build_engine
+from megatron_swift.parallel.build import build_engine
+from megatron_swift.parallel.engine import EngineOptions
 from megatron_swift.parallel.mesh import start
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
 from megatron_swift.train.precision import LossScale

@@ -11,7 +11,8 @@ from megatron_swift.checkpoint.layout import TensorSpec, tensor_specs
 from megatron_swift.models.config import ModelConfig, MoEConfig
 from megatron_swift.models.decoder import Decoder, build_decoder
 from megatron_swift.parallel import mesh as mesh_module
-from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
+from megatron_swift.parallel.build import build_engine
+from megatron_swift.parallel.engine import Engine, EngineOptions
 from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.train.state import load_weights
 

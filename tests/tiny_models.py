@@ -19,7 +19,8 @@ from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row
 from megatron_swift.models.families import describe
 from megatron_swift.parallel import mesh as mesh_module
-from megatron_swift.parallel.engine import Engine, EngineOptions, build_engine
+from megatron_swift.parallel.build import build_engine
+from megatron_swift.parallel.engine import Engine, EngineOptions
 from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.train.state import load_weights
 

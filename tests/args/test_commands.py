@@ -169,6 +169,13 @@ def test_json_config(tmp_path):
     assert (args.lr, args.micro_batch_size, args.bf16, args.config_env) == (0.1, 2, None, {"X": "y"})
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", "true"), ("auto", "auto"), ("'false'", "false")])
+def test_a_choice_named_true_needs_no_quotes(tmp_path, text, value):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"torch_compile: {text}")
+    assert parse(SftArguments, [str(file)]).torch_compile == value
+
+
 @pytest.mark.parametrize(
     ("name", "text", "what"),
     [

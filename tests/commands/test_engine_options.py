@@ -6,6 +6,7 @@ from megatron_swift.args.commands import SftArguments, parse
 from megatron_swift.commands.engine_options import engine_options
 from megatron_swift.commands.setup import prepare_run
 from megatron_swift.kernels.fp8 import Fp8Options
+from megatron_swift.parallel.compiled import Compile
 from megatron_swift.testing import make_tiny_model
 from megatron_swift.utils.errors import UsageError
 
@@ -31,6 +32,8 @@ def folder(tmp_path_factory):
         ("--cross_entropy_loss_fusion true", "chunked_cross_entropy", True),
         ("", "transformer_engine", "where it runs"),
         ("--transformer_impl local", "transformer_engine", "never"),
+        ("", "compile", Compile("auto")),
+        ("--torch_compile false", "compile", Compile("false")),
     ],
 )
 def test_switches_reach_the_engine(folder, tmp_path, flags, name, value):

@@ -145,6 +145,15 @@ def test_errors_come_before_the_run_folder(prepare, tmp_path, flags, kind, words
     assert not (tmp_path / "out").exists()
 
 
+def test_compiling_without_a_compiler(prepare, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert prepare("--torch_compile", "auto", "--save", "auto").run_dir is not None
+    with pytest.raises(UsageError, match="--torch_compile true cannot be used here") as caught:
+        prepare("--torch_compile", "true", "--save", "out")
+    assert "install one (`apt install " in caught.value.why
+    assert not (tmp_path / "out").exists()
+
+
 def test_folder_without_weights_or_config(prepare, place, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"has no tokenizer\.json"):

@@ -74,6 +74,13 @@ class TrainingParams(Arguments):
         False, f"{_ON_GPUS}: compute SwiGLU, that of experts too, with torch's own operators instead."
     )
     no_rope_fusion: bool = param(False, f"{_ON_GPUS}: compute the rotary embedding with torch's own operators instead.")
+    torch_compile: Literal["auto", "true", "false"] = param(
+        "auto",
+        "Compile what lies around the core attention of each layer with torch.compile, once for any lengths: true = in place of the Triton "
+        "kernels, or an error, auto = on GPUs for models whose norm or activation has no Triton kernel, false = never. Needs a C compiler "
+        "(CPUs: g++) and Python's headers; what is compiled is kept below TORCHINDUCTOR_CACHE_DIR for the next run. "
+        "Beyond ms-swift v3.4.0.",
+    )
     no_gradient_accumulation_fusion: bool = param(
         False,
         "Do not fuse gradient accumulation into the weight-gradient product.",

@@ -84,6 +84,8 @@ def _one(param: Param, value: Any, where: str) -> Any:
         return _float(value, where)
     if base is dict:
         return _dict(value, where)
+    if isinstance(value, bool) and show(value) in param.kind.choices:  # YAML and JSON have no other true
+        return show(value)
     if not isinstance(value, str):
         raise UsageError(f"{where}: expected text, got {show(value)}", do="put it in quotes")
     if param.kind.choices and value not in param.kind.choices:

@@ -12,6 +12,7 @@ from megatron_swift.checkpoint.weights import TORCH_DTYPES
 from megatron_swift.commands.setup import RunSetup
 from megatron_swift.kernels.fp8 import Fp8Options
 from megatron_swift.models.routing import RouterOptions
+from megatron_swift.parallel.compiled import Compile
 from megatron_swift.parallel.data import Sharding
 from megatron_swift.parallel.dropout import Dropout
 from megatron_swift.parallel.engine import EngineOptions
@@ -60,6 +61,7 @@ def engine_options(setup: RunSetup) -> EngineOptions:
         chunks_per_rank=virtual_stages(args, num_layers=setup.model.num_layers),
         first_layers=args.decoder_first_pipeline_num_layers,
         last_layers=args.decoder_last_pipeline_num_layers,
+        compile=Compile(args.torch_compile),
         dropout=Dropout(args.attention_dropout or 0.0, args.hidden_dropout, seed=args.seed),
         router=_router(setup),
         dispatcher=args.moe_token_dispatcher_type.removesuffix("_seq"),

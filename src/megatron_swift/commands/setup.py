@@ -43,6 +43,7 @@ from megatron_swift.data.streaming import Stream
 from megatron_swift.data.template import Template
 from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.models.config import ModelConfig
+from megatron_swift.utils.compilers import why_no_compiler
 from megatron_swift.utils.errors import UsageError
 from megatron_swift.utils.gpus import visible_gpus
 from megatron_swift.utils.hub import local_model
@@ -97,6 +98,7 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
     args = inherited.args
     check_train(args, world_size=world_size(env), env=env)
     check_transformer_engine(args, gpus=visible_gpus(env))
+    check_compiler(args, env)
     load = Path(args.load) if args.load is not None and has_checkpoint(Path(args.load)) else None
     model_dir = find_model(args.model, load, use_hf=args.use_hf, revision=args.model_revision, token=args.hub_token)
     tokenizer = Tokenizer.load(model_dir)
@@ -143,6 +145,13 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
         )
     _print_banner(setup, why_template(args, described.reason), data, tokenizer)
     return setup
+
+
+def check_compiler(args: TrainArguments, env: Mapping[str, str]) -> None:
+    """Raise UsageError for --torch_compile true where this machine lacks what it needs; with auto the ranks say so and go on."""
+    missing = why_no_compiler(gpu=visible_gpus(env) > 0, env=env) if args.torch_compile == "true" else ""
+    if missing:
+        raise UsageError("--torch_compile true cannot be used here", why=missing, do="or leave --torch_compile out")
 
 
 def _check_shape(args: TrainArguments, model: ModelConfig, *, world_size: int) -> int:

@@ -38,7 +38,8 @@ from megatron_swift.data.loader import Layout, Rows, StreamLoader, TrainLoader, 
 from megatron_swift.data.order import Order
 from megatron_swift.data.streaming import Place
 from megatron_swift.parallel import mesh as meshes
-from megatron_swift.parallel.engine import Engine, build_engine
+from megatron_swift.parallel.build import build_engine
+from megatron_swift.parallel.engine import Engine
 from megatron_swift.parallel.mesh import Mesh
 from megatron_swift.train.loop import Actions, LoopOptions, train
 from megatron_swift.train.optim import Optimizer, OptimizerOptions

@@ -49,7 +49,10 @@ class TransformerLayer(nn.Module):
     hidden_dropout : the share of what attention and MLP add that is dropped, in rows that bring noise.
     norm_again     : the normalised input of experts is not kept for the backward pass but computed again.
     run_mlp        : calls a dense MLP; recomputation is put there.
+    form           : calls the parts of the layer; compiled ones are put there.
     """
+
+    form: LayerForm
 
     def __init__(self, cfg: ModelConfig, number: int):
         super().__init__()
@@ -58,7 +61,7 @@ class TransformerLayer(nn.Module):
         # A dense MLP has its norm inside, under Megatron-Core's names; the router and all experts share one.
         self.pre_mlp_layernorm = make_norm(cfg, cfg.hidden_size) if cfg.is_sparse(number) else None
         self.mlp = MoELayer(cfg, number) if cfg.is_sparse(number) else make_mlp(cfg)
-        self.norm_again, self.run_mlp = False, call
+        self.norm_again, self.run_mlp, self.form = False, call, TransformerLayer.written_out
 
     @property
     def streams(self) -> tuple[int, int, int]:
@@ -73,11 +76,17 @@ class TransformerLayer(nn.Module):
         segments: Segments,
         routing: Routing | None = None,
         added: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """x [T, H] -> (x, added) [T, H] each: the layer's output is their sum, as its input is the sum of the two that it gets.
 
         The norm that comes next adds them up: an addition of its own, and that of the gradients, would cost three passes more.
         """
+        return self.form(self, x, rotary, segments, routing, added)
+
+    def written_out(
+        self, x: Tensor, rotary: Rotation, segments: Segments, routing: Routing | None, added: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """forward, operation by operation."""
         x, added = self.self_attention(x, rotary, segments, added)
         added = self._dropped(added, segments, self.streams[1])
         if self.pre_mlp_layernorm is None:
@@ -96,6 +105,10 @@ class TransformerLayer(nn.Module):
         return dropout(y, self.hidden_dropout, segments.noise, stream)
 
 
+# form(layer, x [T, H], cos and sin, segments, routing, added) -> (x, added), which is None for nothing
+LayerForm = Callable[
+    [TransformerLayer, Tensor, Rotation, Segments, Routing | None, Tensor | None], tuple[Tensor, Tensor | None]
+]
 # run(layers, x [T, H], cos and sin, segments, routing) -> [T, H]
 LayerRunner = Callable[[Sequence[TransformerLayer], Tensor, Rotation, Segments, Routing | None], Tensor]
 

@@ -206,22 +206,26 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments, added: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x [T, H] -> (x + added, the attention over that), both [T, H].
+        """x [T, H] -> (x + added, the attention over that), both [T, H]. rotary: cos and sin [T, 1, dims]."""
+        x, q, k, v = self.heads(x, *rotary, added)
+        return x, self.linear_proj(self.core(q, k, v, segments).reshape(len(q), -1))
 
-        rotary: cos and sin [T, 1, dims]. Heads are counted from the weight: a rank may hold some of them.
+    def heads(
+        self, x: Tensor, cos: Tensor, sin: Tensor, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x + added, and what enters the core: q [T, heads, d], k and v [T, groups, d].
+
+        Heads are counted from the weight: a rank may hold some of them.
         """
         x, qkv = self.linear_qkv.after_add(x, added)
-        tokens = qkv.shape[0]
         # Rows are ordered by query group: its query heads, then its key, then its value.
-        grouped = qkv.view(tokens, -1, self.heads_per_group + 2, self.head_dim)
+        grouped = qkv.view(qkv.shape[0], -1, self.heads_per_group + 2, self.head_dim)
         if self.q_layernorm is None and self.turn is rotate:
-            q, k, v = self.kernels.split_rotate(grouped, *rotary)
-        else:
-            q, k, v = split_qkv(grouped)
-            if self.q_layernorm is not None and self.k_layernorm is not None:
-                q, k = self.q_layernorm(q), self.k_layernorm(k)
-            q, k = self.turn(q, *rotary), self.turn(k, *rotary)
-        return x, self.linear_proj(self.core(q, k, v, segments).reshape(tokens, -1))
+            return x, *self.kernels.split_rotate(grouped, cos, sin)
+        q, k, v = split_qkv(grouped)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        return x, self.turn(q, cos, sin), self.turn(k, cos, sin), v
 
 
 class MLP(nn.Module):
