@@ -169,7 +169,6 @@ def first_batch(data: Path, tokenizer: Path, cache: Path) -> dict[str, Any]:
         persistent_workers=False,
         pad_to_multiple=1,
         pad_id=0,
-        pin_memory=False,
     )
     tokens = sum(len(batch.tokens) for batch in next(iter(loader)))
     end = time.perf_counter()

@@ -137,12 +137,6 @@ def make_batch(lengths: tuple[int, ...], vocab_size: int) -> Batch:
     return collate([Sample(ids, ids) for ids in rows], pad_to_multiple=1, pad_id=0, rows=())
 
 
-def pinned(batch: Batch) -> Batch:
-    """As the product's loader hands a batch to a GPU: from ordinary memory the copy would wait for the step before."""
-    tokens, labels, positions = (torch.from_numpy(array).pin_memory().numpy() for array in batch[:3])
-    return batch._replace(tokens=tokens, labels=labels, positions=positions)
-
-
 def fill(engine: Engine) -> None:
     """Random weights: norms 1, biases 0, the rest of deviation 0.02."""
     torch.manual_seed(0)
@@ -165,7 +159,7 @@ def run_case(case: Case, mesh: Mesh, *, steps: int, changes: dict[str, Any], pro
         batches = [make_batch(case.lengths, case.model.vocab_size)]
     else:
         batches = packed_batches(capacity=8192, packs_per_batch=2)
-    turn, scale = itertools.cycle([pinned(batch) for batch in batches]), LossScale.for_dtype("bfloat16")
+    turn, scale = itertools.cycle(batches), LossScale.for_dtype("bfloat16")
 
     def step() -> Any:
         return train_step(engine, optimizer, [next(turn)], lr=1e-4, clip_grad=1.0, loss_scale=scale)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu import LLAMA_8B, fill, pinned, release
+from gpu import LLAMA_8B, fill, release
 from gpu_rows import TOKENIZER, packed_batches
 
 from megatron_swift.data.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def main() -> None:
     mesh = start(backend="nccl", timeout_minutes=1)
     vocabulary = -(-Tokenizer.load(Path(os.environ[TOKENIZER])).vocab_size // 128) * 128
     model = LLAMA_8B.replace(num_layers=arguments.layers, vocab_size=vocabulary)
-    batches = [pinned(batch) for batch in packed_batches(capacity=8192, packs_per_batch=1)]
+    batches = packed_batches(capacity=8192, packs_per_batch=1)
     curves: dict[str, np.ndarray] = {}
     for name in arguments.ways:
         try:

@@ -46,7 +46,6 @@ def make_loader(count: int = 10, *, seed: int = 3, shuffle: bool = True, **value
         "persistent_workers": False,
         "pad_to_multiple": 4,
         "pad_id": 0,
-        "pin_memory": False,
     }
     return TrainLoader(ListRows(count), Order(count, seed=seed, shuffle=shuffle), **{**defaults, **values})
 

@@ -262,7 +262,6 @@ def load(stream, *, dp_size=1, workers=0, steps=6, places=None, only=None) -> tu
             num_steps=steps,
             num_workers=workers,
             prefetch_factor=2,
-            pin_memory=False,
         )
         for rank in (range(dp_size) if only is None else [only])
     ]

@@ -65,7 +65,6 @@ def load(stream, *, dp_size=1, mbs=1, workers=0, steps=9, places=None) -> tuple[
             num_steps=steps,
             num_workers=workers,
             prefetch_factor=2,
-            pin_memory=False,
         )
         for rank in range(dp_size)
     ]

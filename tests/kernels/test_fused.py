@@ -201,6 +201,27 @@ def test_adamw(grad_dtype, copied):
         torch.testing.assert_close(other.copy, one.copy, rtol=2**-7, atol=0)
 
 
+@needs_triton
+@pytest.mark.parametrize("scale", [0.25, float("nan")])
+def test_adamw_scaled_on_the_device(scale):
+    """As by the number; NaN leaves weights, moments and copy as they were."""
+    from megatron_swift.kernels.fused.adamw import fused_adamw
+
+    def one() -> Updated:
+        tensors = [values(3000, seed=i).float() for i in range(3)]
+        return Updated(
+            tensors[0], values(3000, seed=5).bfloat16(), tensors[1], tensors[2].abs(), tensors[0].bfloat16(), 0.1
+        )
+
+    rates = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "step": 3}
+    by_number, by_tensor = one(), one()
+    if scale == scale:
+        fused_adamw([by_number], AdamScalars(**rates, scale=scale))
+    fused_adamw([by_tensor], AdamScalars(**rates, scale=torch.tensor(scale, device=DEVICE)))
+    for name in ("master", "exp_avg", "exp_avg_sq", "copy"):
+        assert torch.equal(getattr(by_tensor, name), getattr(by_number, name)), name
+
+
 def test_plain_adamw_takes_16_bit_gradients():
     """As if they had been widened before, and the copy is the new master rounded."""
     made = []

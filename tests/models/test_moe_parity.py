@@ -60,8 +60,8 @@ def by_engine(folder, router: RouterOptions):
     engine, batches = make_engine(folder, torch.float32, router=router), [as_batch(SAMPLES)]
     assert batches[0].padding > 0  # which must not be routed
     counts = engine.count(batches)
-    loss = engine.forward_backward(batches, num_tokens=counts.trained, num_rows=1) / counts.trained
-    (report,) = engine.routers.take()
+    loss = engine.forward_backward(batches, num_tokens=counts.trained, num_rows=1).item() / counts.trained
+    (report,) = engine.routers.reports(engine.routers.take().numpy())
     gradients = {shard.name: shard.master.grad for shard in engine.shards}
     return report.balance, loss, under_hugging_face_names(gradients, read_config(folder))
 

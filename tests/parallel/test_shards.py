@@ -55,7 +55,7 @@ def test_a_single_micro_batch_is_not_widened(folder, batches):
         assert shard.master.grad is None and shard.grad is shard.narrow
         assert torch.equal(shard.grad, parameters[shard.name].grad), shard.name
     squares = sum(float(p.grad.double().square().sum()) for p in parameters.values())
-    assert engine.shards.grad_norm() == pytest.approx(squares**0.5, rel=1e-6)
+    assert float(engine.shards.grad_norm()) == pytest.approx(squares**0.5, rel=1e-6)
     engine.shards.drop_grads()
     assert all(shard.grad is None for shard in engine.shards)
 
@@ -66,7 +66,7 @@ def test_the_loss_scale_is_divided_out(folder, batches, dtype):
     results = []
     for scale in (1.0, 2.0**10):
         loss = engine.forward_backward(batches, num_tokens=total, loss_scale=scale)
-        results.append([loss, *(s.master.grad.clone() for s in engine.shards)])
+        results.append([loss.to(dtype), *(s.master.grad.clone() for s in engine.shards)])
         engine.shards.drop_grads()
     for plain, scaled in zip(*results, strict=True):
         torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-9)
@@ -92,11 +92,11 @@ def _spread(rank, folder, batches):
     engine = make_engine(folder, torch.float64, mesh)
     counts = engine.count(batches[mesh.dp_rank :: mesh.dp_size])
     engine.forward_backward(batches[:1], num_tokens=1)
-    found = (engine.shards.grad_norm(), engine.shards.params_norm())
+    found = (float(engine.shards.grad_norm()), engine.shards.params_norm())
     for shard in engine.shards:
         if shard.master.grad is not None:
             shard.master.grad *= 0.5
-    halved = engine.shards.grad_norm()
+    halved = float(engine.shards.grad_norm())
     rows = {s.name: (0, 0, s.shape) for s in engine.shards}
     rows |= {s.name: (b.start, b.start + b.rows, s.shape) for s in engine.shards for b in s.boxes if b.owned}
     full = {name: engine.shards.full(name).numpy() for name in rows}
@@ -134,7 +134,7 @@ def test_the_norm_of_a_large_parameter_is_exact(tmp_path):
     for shard in engine.shards:
         shard.master.grad = torch.randn(shard.master.shape, generator=generator)
         squares += float(shard.master.grad.double().square().sum())
-    assert engine.shards.grad_norm() == pytest.approx(np.sqrt(squares), rel=1e-6)
+    assert float(engine.shards.grad_norm()) == pytest.approx(np.sqrt(squares), rel=1e-6)
 
 
 def _talk(rank):

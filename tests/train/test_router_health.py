@@ -120,11 +120,11 @@ def test_totals_of_a_step(tmp_path):
 
     totals.add([routed([2.0, 2, 2, 0], 1, 3.0, 1.2, 5.0)])
     totals.add([routed([4.0, 0, 0, 6], 0, 2.0, 1.4, 7.0)])
-    reports = totals.take()
+    reports = totals.reports(totals.take().numpy())
     assert [r.number for r in reports] == [0, 2]
     for report in reports:
         assert report.load.tolist() == [6, 2, 2, 6] and report.dropped == 1
         assert report.balance == pytest.approx(1.3) and report.z == pytest.approx(6.0)
         assert report.entropy == pytest.approx(5.0 / 8)  # 16 choices of two experts each
         assert report.busiest == 1.5
-    assert all(r.load.sum() == 0 and math.isclose(r.balance, 0) for r in totals.take())
+    assert all(r.load.sum() == 0 and math.isclose(r.balance, 0) for r in totals.reports(totals.take().numpy()))

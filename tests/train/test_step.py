@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_swift.data.types import IGNORE
+from megatron_swift.kernels.adamw import plain_adamw
 from megatron_swift.parallel import mesh as mesh_module
 from megatron_swift.testing import make_tiny_model, run_ranks
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
 from megatron_swift.train.precision import LossScale
-from megatron_swift.train.step import train_step
+from megatron_swift.train.step import clip_on_device, train_step
 from tiny_models import SMALL, as_batch, as_row, load, make_engine, random_samples
 
 SGD = OptimizerOptions(kind="sgd", weight_decay=0.0, momentum=0.0)
@@ -79,11 +81,42 @@ def test_a_global_batch_without_trained_tokens(folder, batches):
         torch.testing.assert_close(value, before[name] * (1 - decay), rtol=1e-12, atol=0)
 
 
-def _one_bad_rank(rank, folder, batches, bad_value, dtype, precision):
+def takes_a_tensor(tensors, scalars) -> None:
+    """What the fused AdamW does with a scale that is still on the device, by the plain one."""
+    assert isinstance(scalars.scale, torch.Tensor) and scalars.scale.dtype is torch.float32
+    if not scalars.scale.isnan():
+        plain_adamw(tensors, dataclasses.replace(scalars, scale=float(scalars.scale)))
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e6, 0.0])
+def test_a_clip_that_the_host_does_not_see(folder, batches, clip):
+    """The update comes before anything is read, with the same numbers."""
+    found = []
+    for update in (plain_adamw, takes_a_tensor):
+        engine = make_engine(folder, torch.float32)
+        optimizer = Optimizer(engine.shards, ADAM)
+        optimizer.adamw = update
+        steps = [
+            train_step(engine, optimizer, batches, lr=1e-3, clip_grad=clip, loss_scale=unscaled()) for _ in range(3)
+        ]
+        found.append(([(r.loss, r.grad_norm) for r in steps], masters(engine), optimizer.num_steps))
+    assert found[0][0] == found[1][0] and found[0][2] == found[1][2] == 3
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(1.0, math.nan), (math.inf, 1.0), (math.nan, 0.5), (2.0, math.inf)])
+def test_a_step_to_leave_out_has_no_clip(loss, norm):
+    assert clip_on_device(torch.tensor([loss, norm], dtype=torch.float64), 1.0).isnan()
+
+
+def _one_bad_rank(rank, folder, batches, bad_value, dtype, precision, on_device):
     """Two clean steps, one whose gradient is spoilt on rank 1 only, one more clean step."""
     mesh = mesh_module.start(backend="gloo", timeout_minutes=1)
     engine = make_engine(folder, dtype, mesh)
     optimizer, scale = Optimizer(engine.shards, ADAM), LossScale.for_dtype(precision)
+    if on_device:
+        optimizer.adamw = takes_a_tensor
     scale.scale = min(scale.scale, 1024.0)
     mine, found = batches[mesh.dp_rank :: mesh.dp_size], []
     right = engine.shards.pull
@@ -106,14 +139,15 @@ def _one_bad_rank(rank, folder, batches, bad_value, dtype, precision):
     return found, scale.overflows_left
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["read", "on-device"])
 @pytest.mark.parametrize("bad_value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")]
 )
-def test_a_non_finite_gradient_on_one_rank_is_left_out_on_all(folder, batches, bad_value, dtype, precision):
+def test_a_non_finite_gradient_on_one_rank_is_left_out_on_all(folder, batches, bad_value, dtype, precision, on_device):
     good, bad = (False, False, True), (True, True, True)
     expected = [(*good, 1, True), (*good, 2, True), (*bad, 2, False), (*good, 3, True)]
-    for found, overflows_left in run_ranks(_one_bad_rank, 2, folder, batches, bad_value, dtype, precision):
+    for found, overflows_left in run_ranks(_one_bad_rank, 2, folder, batches, bad_value, dtype, precision, on_device):
         assert found == expected
         assert overflows_left == (1 if precision == "float16" else 2)
 

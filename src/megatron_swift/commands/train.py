@@ -231,7 +231,6 @@ def _train_batches(parts: _Run, rows: Rows | None) -> TrainLoader | StreamLoader
             num_steps=setup.train_iters - state.iteration,
             num_workers=args.num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=mesh.device.type == "cuda",
         )
     order = Order(len(rows), seed=args.seed, shuffle=args.dataloader_type == "cyclic")
     return TrainLoader(
@@ -249,7 +248,6 @@ def _train_batches(parts: _Run, rows: Rows | None) -> TrainLoader | StreamLoader
         pad_to_multiple=parts.engine.row_multiple,
         segment_multiple=parts.engine.segment_multiple,
         pad_id=setup.pad_id,
-        pin_memory=mesh.device.type == "cuda",
     )
 
 

@@ -186,8 +186,6 @@ class TrainLoader:
     first_step, num_steps : global batches to skip (0 at the start of training) and to yield.
     num_workers           : processes that read ahead, each `prefetch_factor` steps; 0 reads in this process.
     persistent_workers    : keep the workers for a second iteration over this loader.
-    pin_memory            : put the arrays into page-locked memory, so that torch.from_numpy(array).to(device,
-                            non_blocking=True) does not wait. Only where CUDA is available.
     """
 
     def __init__(
@@ -206,7 +204,6 @@ class TrainLoader:
         persistent_workers: bool,
         pad_to_multiple: int,
         pad_id: int,
-        pin_memory: bool,
         segment_multiple: int = 1,
     ) -> None:
         layout = Layout(
@@ -214,7 +211,6 @@ class TrainLoader:
         )
         self._steps = _Steps(rows, order, layout)
         self._numbers = range(first_step, first_step + num_steps)
-        self._pin = pin_memory and torch.cuda.is_available()
         self._loader: DataLoader | None = None
         if num_workers > 0:
             self._loader = _with_workers(
@@ -233,12 +229,7 @@ class TrainLoader:
         for batches in steps:
             if isinstance(batches, SwiftError):
                 raise batches
-            yield [_pin(batch) for batch in batches] if self._pin else batches
-
-
-def _pin(batch: Batch) -> Batch:
-    tokens, labels, positions = (torch.from_numpy(array).pin_memory().numpy() for array in batch[:3])
-    return batch._replace(tokens=tokens, labels=labels, positions=positions)
+            yield batches
 
 
 def eval_batches(
@@ -315,14 +306,12 @@ class StreamLoader:
         num_steps: int,
         num_workers: int,
         prefetch_factor: int,
-        pin_memory: bool,
     ) -> None:
         assert layout.global_batch_size == stream.lanes, (layout.global_batch_size, stream.lanes)
         micros = layout.num_micro_batches
         mine = [lane for micro in range(micros) for lane in layout.positions(0, micro)]
         self.places: dict[int, Place] = {lane: places[lane] for lane in mine if lane in places}
         self._micros = _Micros(stream, dict(self.places), layout, num_steps)
-        self._pin = pin_memory and torch.cuda.is_available()
         workers = max((n for n in range(1, min(num_workers, micros) + 1) if micros % n == 0), default=0)
         self._loader: DataLoader | None = None
         if workers:
@@ -338,5 +327,5 @@ class StreamLoader:
                     raise made
                 batch, places = made
                 self.places |= places
-                batches.append(_pin(batch) if self._pin else batch)
+                batches.append(batch)
             yield batches

@@ -29,14 +29,17 @@ class Updated:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamScalars:
-    """Decoupled decay, bias correction, eps outside the root. step: counted from 1. scale: of the gradients (the clip)."""
+    """Decoupled decay, bias correction, eps outside the root. step: counted from 1. scale: of the gradients (the clip).
+
+    The fused form takes a scale that is still on the device, 0-dim float32, too; where that is NaN it leaves everything as it was.
+    """
 
     lr: float
     beta1: float
     beta2: float
     eps: float
     step: int
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     @property
     def correction1(self) -> float:
@@ -55,6 +58,7 @@ AdamUpdate = Callable[[Iterable[Updated], AdamScalars], None]
 @torch.no_grad()
 def plain_adamw(tensors: Iterable[Updated], scalars: AdamScalars) -> None:
     """Any device and type. The gradients of the masters' own type are scaled in place."""
+    assert isinstance(scalars.scale, float)
     tensors = list(tensors)
     for decay in sorted({one.weight_decay for one in tensors}):
         group = [one for one in tensors if one.weight_decay == decay]

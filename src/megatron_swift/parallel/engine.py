@@ -20,6 +20,7 @@ from megatron_swift.kernels.grouped_linear import choose_grouped
 from megatron_swift.kernels.layers import choose_layer_kernels
 from megatron_swift.kernels.router import choose_gate
 from megatron_swift.kernels.te_attention import choose_core
+from megatron_swift.kernels.to_device import to_device
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.decoder import Decoder, Row, build_decoder
 from megatron_swift.models.routing import RouterOptions, Routing
@@ -140,9 +141,10 @@ class Engine:
         num_rows: int = 1,
         loss_scale: float = 1.0,
         iteration: int = 0,
-    ) -> float:
+    ) -> Tensor:
         """Leave in the shards the gradient of (sum of token losses) / num_tokens over all ranks; returns the sum of token losses over all.
 
+        It is a 0-dim float64 on the device: to read it is to wait for the whole pass.
         num_tokens : trained tokens of the global batch. loss_scale : fp16's; it is divided out of the gradients again.
         num_rows   : micro-batches of the global batch: the routers' own losses are added as their mean over them.
         iteration  : of the run: dropout takes other values in each.
@@ -155,8 +157,7 @@ class Engine:
             router_scale=loss_scale / num_rows,
         )
         self.shards.pull(1.0 / loss_scale)
-        self.shards.issue_grad_norm()  # before the loss is read, for which the host waits
-        return self._total(losses)[0] * num_tokens / loss_scale
+        return self._total(losses)[0] * (num_tokens / loss_scale)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
@@ -165,13 +166,15 @@ class Engine:
         for chunk in self.chunks:
             data_parallel.reshard(chunk)
         trained = sum(b.num_trained for b in batches) if self.mesh.speaks_for_batch else 0
-        loss, tokens = self._total(losses, trained)
+        loss, tokens = self._total(losses, trained).tolist()
         return loss, int(tokens)
 
-    def _total(self, losses: Sequence[Tensor], *counts: int) -> list[float]:
-        """The sum of losses over all ranks: tensor-parallel ranks hold the same ones; on stages before the last there are none."""
-        mine = float(torch.stack(list(losses)).sum()) if losses and self.mesh.tp.rank == 0 else 0.0
-        return self.mesh.sum([mine, *counts])
+    def _total(self, losses: Sequence[Tensor], *counts: int) -> Tensor:
+        """The sum of losses over all ranks, and of counts, float64: tensor-parallel ranks hold the same losses; stages before the last none."""
+        whole = to_device(torch.tensor([0.0, *counts], dtype=torch.float64), self.mesh.device)
+        if losses and self.mesh.tp.rank == 0:
+            whole[0] = torch.stack(list(losses)).sum()
+        return self.mesh.sum_(whole)
 
     def _run(
         self,
@@ -205,11 +208,13 @@ class Engine:
         """place: the iteration, and the number of the micro-batch in its global batch."""
         own = self.mesh.tp if self.options.sequence_parallel else Axis()
         noise = noise_of(batch, cp=self.mesh.cp, own=own, seeds=(self.options.dropout.seed, *place))
-        noise = dataclasses.replace(noise, tokens=noise.tokens.to(self.mesh.device), own=noise.own.to(self.mesh.device))
+        noise = dataclasses.replace(
+            noise, tokens=to_device(noise.tokens, self.mesh.device), own=to_device(noise.own, self.mesh.device)
+        )
         return dataclasses.replace(row, segments=dataclasses.replace(row.segments, noise=noise))
 
     def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=self.exact_dtype, device=self.mesh.device)
+        return torch.full((), value, dtype=self.exact_dtype, device=self.mesh.device)
 
     def _pass(self, rows: Sequence[Row], factor: Tensor, *, train: bool) -> list[Tensor]:
         """Forward (and backward) of every row; the detached losses, each times factor."""
@@ -250,7 +255,7 @@ class Engine:
         index = np.flatnonzero(labels != IGNORE)  # on the host: a mask on the device would cost a synchronisation
         of_loss = None
         if weights is not None:
-            of_loss = torch.from_numpy(weights[index]).to(device, self.exact_dtype, non_blocking=True)
+            of_loss = to_device(torch.from_numpy(weights[index]).to(self.exact_dtype), device)
         return Row(
             _to(tokens, device),
             _to(positions, device),
@@ -263,7 +268,7 @@ class Engine:
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
     # A copy: rows come from a read-only memory map, which torch refuses to share quietly.
-    return torch.from_numpy(np.array(array, dtype=np.int64)).to(device, non_blocking=True)
+    return to_device(torch.from_numpy(np.array(array, dtype=np.int64)), device)
 
 
 def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine:

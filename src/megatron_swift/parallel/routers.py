@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_swift.data.types import Batch
+from megatron_swift.kernels.to_device import to_device
 from megatron_swift.models.config import ModelConfig
 from megatron_swift.models.routing import LayerRecord, Routing
 from megatron_swift.parallel.context import zigzag
@@ -40,7 +41,7 @@ def _routing(
     place = mine[kept]
 
     def put(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.int64)).to(mesh.device, non_blocking=True)
+        return to_device(torch.from_numpy(np.array(values, dtype=np.int64)), mesh.device)
 
     return Routing(
         index=None if len(kept) == len(mine) else put(kept),
@@ -91,10 +92,14 @@ class RouterTotals:
         if self.mesh.speaks_for_batch:
             self.sums[-1, 0] += len(routed)
 
-    def take(self) -> tuple[LayerReport, ...]:
-        """The reports of all layers over all ranks, and start anew. One all-reduce; every rank must call it."""
-        sums = self.mesh.sum_(self.sums).cpu().numpy().copy()
-        self.sums.zero_()
+    def take(self) -> Tensor:
+        """The sums over all ranks, on the device, and start anew. One all-reduce; every rank must call it."""
+        whole, self.sums = self.mesh.sum_(self.sums), torch.zeros_like(self.sums)
+        return whole
+
+    def reports(self, taken: np.ndarray) -> tuple[LayerReport, ...]:
+        """Of all layers, from what `take` gave."""
+        sums = taken.reshape(self.sums.shape)
         rows, experts = max(sums[-1, 0], 1.0), self.moe.num_experts
         reports = []
         for number in np.flatnonzero(self.moe.sparse_layers):

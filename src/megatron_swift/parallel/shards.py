@@ -95,7 +95,6 @@ class Shards:
         self.mesh, self.master_dtype, self.tied, self.ends = mesh, master_dtype, tied, ends
         self.kv_replicas, self.replicas = kv_replicas, replicas
         self.shapes, self.place = shapes, place
-        self._issued: Tensor | None = None
         self.by_name = {name: self._shard(name, param) for chunk in chunks for name, param in chunk.named_parameters()}
 
     def __iter__(self) -> Iterator[Shard]:
@@ -133,7 +132,6 @@ class Shards:
 
     def pull(self, factor: float = 1.0) -> None:
         """Take the gradients from the module, finish them over the ranks, times `factor` (the inverse of the fp16 loss scale)."""
-        self._issued = None
         for shard in self:
             if not shard.copied:
                 grad = shard.param.grad
@@ -173,21 +171,12 @@ class Shards:
 
     def drop_grads(self) -> None:
         """Free this step's gradients."""
-        self._issued = None
         for shard in self:
             shard.master.grad = shard.narrow = None
 
-    def grad_norm(self) -> float:
-        """The L2 norm of the whole model's gradient, each value counted once, summed in float64."""
-        if self._issued is None:
-            self.issue_grad_norm()
-        issued, self._issued = self._issued, None
-        assert issued is not None
-        return float(issued)
-
-    def issue_grad_norm(self) -> None:
-        """Have the device compute what the next `grad_norm` returns, of the gradients as they are: before the host waits for a value."""
-        self._issued = self._norm([(s, g) for s in self if (g := s.grad) is not None])
+    def grad_norm(self) -> Tensor:
+        """The L2 norm of the whole model's gradient, each value counted once, summed in float64: 0-dim, on the device."""
+        return self._norm([(s, g) for s in self if (g := s.grad) is not None])
 
     def params_norm(self) -> float:
         """The L2 norm of all parameters, each value counted once."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from megatron_swift.kernels.adamw import AdamScalars, Updated, choose_adamw
+from megatron_swift.kernels.adamw import AdamScalars, Updated, choose_adamw, plain_adamw
 from megatron_swift.parallel.shards import Shard, Shards
 
 
@@ -44,19 +44,30 @@ class Optimizer:
         if options.kind != "adam":
             self.kernel = "torch's fused SGD"
 
-    def step(self, lr: float, *, scale: float = 1.0) -> None:
+    @property
+    def scale_on_device(self) -> bool:
+        """Whether `step` takes a scale that is still on the device."""
+        return self.options.kind == "adam" and self.adamw is not plain_adamw
+
+    def step(self, lr: float, *, scale: float | Tensor = 1.0) -> None:
         """One update at rate `lr` with the gradients times `scale` (the clip).
 
-        The module's 16-bit copies are refreshed and the gradients freed.
+        The module's 16-bit copies are refreshed and the gradients freed. scale: 0-dim float32 where `scale_on_device`; if it turns out to be
+        NaN, nothing was updated, and the caller says so by `take_back`.
         """
         if self.options.kind == "adam":
             self.num_steps += 1
             self._adamw(lr, scale)
         else:
+            assert isinstance(scale, float)
             self._sgd(lr, scale)
         self.shards.drop_grads()
 
-    def _adamw(self, lr: float, scale: float) -> None:
+    def take_back(self) -> None:
+        """The last step's scale was NaN: it did not count."""
+        self.num_steps -= 1
+
+    def _adamw(self, lr: float, scale: float | Tensor) -> None:
         options = self.options
         # One by one: the first is on its way before the second is looked at.
         tensors = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import triton
 import triton.language as tl
 
@@ -31,8 +32,9 @@ def _update(  # type: ignore[no-untyped-def]  # Triton compiles it
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < number
-    g = tl.load(grad + at, inside, 0.0).to(tl.float32) * scale
+    factor = tl.load(scale)
+    inside = at < tl.where(factor == factor, number, 0)  # NaN: a step that is left out
+    g = tl.load(grad + at, inside, 0.0).to(tl.float32) * factor
     m = tl.load(exp_avg + at, inside, 0.0)
     v = tl.load(exp_avg_sq + at, inside, 0.0)
     p = tl.load(master + at, inside, 0.0)
@@ -48,7 +50,10 @@ def _update(  # type: ignore[no-untyped-def]  # Triton compiles it
 
 def fused_adamw(tensors: Iterable[Updated], scalars: AdamScalars) -> None:
     """`kernels.adamw.plain_adamw` for float32 masters on a GPU; gradients of any floating type, read once and left alone."""
+    scale = scalars.scale
     for one in tensors:
+        if not isinstance(scale, torch.Tensor):
+            scale = torch.full((), scale, dtype=torch.float32, device=one.master.device)
         grad = one.grad if one.grad.stride() == one.master.stride() else one.grad.contiguous()
         number = one.master.numel()
         copy = one.master if one.copy is None else one.copy
@@ -59,7 +64,7 @@ def fused_adamw(tensors: Iterable[Updated], scalars: AdamScalars) -> None:
             one.exp_avg_sq,
             copy,
             number,
-            scalars.scale,
+            scale,
             1.0 - scalars.lr * one.weight_decay,
             scalars.lr / scalars.correction1,
             scalars.beta1,
