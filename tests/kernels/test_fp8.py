@@ -24,10 +24,10 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
 
 
-def mlp(kernels, dtype, *, grad_scale=1e-3, device="cpu"):
+def mlp(kernels, dtype, *, grad_scale=1e-3, device="cpu", repeat=False):
     """added = proj(x); y = fc2(swiglu(fc1(norm(x + added)) + bias)): y, then the gradients of x, proj, norm, fc1, its bias and fc2.
 
-    x + added is an output as well, with a gradient half as large as y's.
+    x + added is an output as well, with a gradient half as large as y's. repeat: computed again before the backward pass.
     """
     tensors = [
         random(TOKENS, HIDDEN, seed=0),
@@ -38,9 +38,12 @@ def mlp(kernels, dtype, *, grad_scale=1e-3, device="cpu"):
         random(HIDDEN, INNER, seed=4, scale=0.05),
     ]
     leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
-    x, proj, norm, first, bias, second = leaves
-    total, inner = kernels.add_norm_linear(x, kernels.linear(x, proj, None), norm, first, bias, 1e-6)
-    y = kernels.swiglu_linear(inner, second)
+
+    def layer(x, proj, norm, first, bias, second):
+        total, inner = kernels.add_norm_linear(x, kernels.linear(x, proj, None), norm, first, bias, 1e-6)
+        return total, kernels.swiglu_linear(inner, second)
+
+    total, y = checkpoint(layer, *leaves, use_reentrant=False) if repeat else layer(*leaves)
     grads = [random(TOKENS, HIDDEN, seed=s, scale=grad_scale * s / 10).to(device, dtype) for s in (10, 5)]
     return [y.detach(), *torch.autograd.grad((y, total), leaves, grads)]
 
@@ -143,6 +146,28 @@ def test_a_weight_is_cast_once_a_pass(monkeypatch):
     assert len(cast) == 6 and not elsewhere._weights
 
 
+@ways
+def test_the_last_product_is_not_computed_again(kind, recipe, monkeypatch):
+    """Recomputed, a layer's numbers are the same bit for bit, and of its three products of the forward pass only two are repeated."""
+    made = []
+
+    def counted(a, b, **options):
+        made.append(options["fast"])
+        return fp8_values.product(a, b, **options)
+
+    monkeypatch.setattr(fp8, "product", counted)
+    options = Fp8Options(format=kind, recipe=recipe)
+    once = Fp8Linears(options).kernels(layers.PLAIN)
+    again = Fp8Linears(options, recomputed=True).kernels(layers.PLAIN)
+    expected = mlp(once, torch.bfloat16)
+    assert (made.count(True), made.count(False)) == (3, 6)
+    for repeat in (False, True):
+        made.clear()
+        found = mlp(again, torch.bfloat16, repeat=repeat)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert (made.count(True), made.count(False)) == (5 if repeat else 3, 6)
+
+
 def test_a_measured_gradient_is_found_by_itself_alone():
     linears = Fp8Linears(Fp8Options(format="hybrid"))
     grad, amax = torch.ones(4, 16), torch.zeros(64, dtype=torch.int32)
@@ -159,7 +184,7 @@ def test_a_measured_gradient_is_found_by_itself_alone():
 
 
 def test_the_choice(monkeypatch):
-    ask = {"dtype": torch.bfloat16, "keep_weights": True}
+    ask = {"dtype": torch.bfloat16, "keep_weights": True, "recomputed": False}
     assert choose_fp8(None, device=torch.device("cpu"), **ask) is None
     found = choose_fp8(Fp8Options(format="e4m3", recipe="blockwise"), device=torch.device("cpu"), **ask)
     assert found.sentence.startswith("e4m3, blockwise, linear layers of attention") and "float32" in found.sentence

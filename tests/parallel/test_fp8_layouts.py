@@ -78,6 +78,7 @@ LAYOUTS = {
     "pp2": (2, Sizes(pp=2), {}),
     "cp2": (2, Sizes(cp=2), {}),
     "recompute": (1, Sizes(), FULL),
+    "recompute-parts": (1, Sizes(), {"recompute": Recompute("selective", modules=("mlp", "layernorm"))}),
 }
 THREE = steps(3, (60, 40, 37))
 EVEN = steps(1, (128,))

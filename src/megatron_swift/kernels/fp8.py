@@ -51,13 +51,14 @@ class Fp8Linears:
 
     keep_weights : a weight is cast once in a pass, and both copies of it are held from then on until `forget`. Without, it is cast where it
                    is used, once more in the backward pass: for weights that leave the memory in between.
+    recomputed   : layers, or MLPs, are computed again before their backward pass: linear_fc2's product shall not be.
     sentence     : for the banner.
 
     Call `forget` after each pass, before weights change: FSDP writes gathered weights without their version counter moving.
     """
 
-    def __init__(self, options: Fp8Options, *, keep_weights: bool = True, sentence: str = ""):
-        self.options, self.keep_weights, self.sentence = options, keep_weights, sentence
+    def __init__(self, options: Fp8Options, *, keep_weights: bool = True, recomputed: bool = False, sentence: str = ""):
+        self.options, self.keep_weights, self.recomputed, self.sentence = options, keep_weights, recomputed, sentence
         self._weights: dict[int, _Held] = {}
         self._measured: tuple[Tensor, int, Tensor] | None = None
 
@@ -88,6 +89,9 @@ class Fp8Linears:
             return _AddNormLinear.apply(x, added, norm_weight, weight, bias, epsilon, self, train)  # type: ignore[no-any-return]
 
         def swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
+            if self.recomputed and torch.is_grad_enabled():
+                entering = _Entering(self, weight)
+                return _Product.apply(_Keep.apply(base.swiglu(gate_up), entering), weight, entering)  # type: ignore[no-any-return]
             if base.swiglu is PLAIN.swiglu:
                 return self.linear(base.swiglu(gate_up), weight)
             return _SwiGLULinear.apply(gate_up, weight, self, torch.is_grad_enabled())  # type: ignore[no-any-return]
@@ -106,17 +110,27 @@ class Fp8Linears:
         self, ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *, train: bool, amax: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(y, what the backward pass needs). x is contiguous; amax: its largest value, where it is known."""
-        recipe = self.options.recipe
-        entering = quantise(x, torch.float8_e4m3fn, recipe, columns=train, amax=amax)
+        entering = self.enter(x, columns=train, amax=amax)
+        y = self.multiply(ctx, x, entering, weight, bias, train=train)
+        if entering.columns is None:
+            return y, ()
+        ctx.kind = entering.columns.kind
+        return y, (entering.columns.values, entering.columns.scale, weight)
+
+    def enter(self, x: Tensor, *, columns: bool, amax: Tensor | None = None) -> Quantised:
+        """x as it enters the product."""
+        return quantise(x, torch.float8_e4m3fn, self.options.recipe, columns=columns, amax=amax)
+
+    def multiply(
+        self, ctx: Any, x: Tensor, entering: Quantised, weight: Tensor, bias: Tensor | None, *, train: bool
+    ) -> Tensor:
+        """The product of the forward pass."""
         held = self.weight(weight, columns=train and self.keep_weights)
         assert entering.rows is not None and held.rows is not None
         y = _first(product(entering.rows, held.rows, fast=True, dtype=x.dtype), len(x))
         ctx.held = held if self.keep_weights else None
         ctx.fp8, ctx.with_bias = self, bias is not None
-        if entering.columns is None:
-            return y if bias is None else y.add_(bias), ()
-        ctx.kind = entering.columns.kind
-        return y if bias is None else y.add_(bias), (entering.columns.values, entering.columns.scale, weight)
+        return y if bias is None else y.add_(bias)
 
     def backward(
         self, ctx: Any, grad: Tensor, saved: tuple[Tensor, ...], *, wants: tuple[bool, bool]
@@ -194,6 +208,48 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         return (*ctx.fp8.backward(ctx, grad, ctx.saved_tensors, wants=wants), None, None)
+
+
+class _Entering:
+    """What `_Keep` hands to the `_Product` after it: x in 8 bits, and its own ctx, which keeps the tensors of both."""
+
+    def __init__(self, fp8: Fp8Linears, weight: Tensor):
+        self.fp8, self.weight = fp8, weight
+        self.x: Quantised | None = None
+        self.kept: Any = None
+
+
+class _Keep(torch.autograd.Function):
+    """x, cast and kept. torch's recomputation stops where the last tensor is kept, and a function keeps its tensors when it is through: with
+    the product in the same function that would be computed once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, entering: _Entering) -> Tensor:
+        x = x.contiguous()
+        entering.x, entering.kept = entering.fp8.enter(x, columns=True), ctx
+        columns = entering.x.columns
+        assert columns is not None
+        ctx.kind = columns.kind
+        ctx.save_for_backward(columns.values, columns.scale, entering.weight)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, entering: _Entering) -> Tensor:
+        assert entering.x is not None
+        y = entering.fp8.multiply(ctx, x, entering.x, weight, None, train=True)
+        ctx.kept, ctx.kind, entering.x = entering.kept, entering.kept.kind, None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wants = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        return (*ctx.fp8.backward(ctx, grad, ctx.kept.saved_tensors, wants=wants)[:2], None)
 
 
 def _after_norm(
@@ -297,11 +353,11 @@ class _SwiGLULinear(torch.autograd.Function):
 
 
 def choose_fp8(
-    options: Fp8Options | None, *, device: torch.device, dtype: torch.dtype, keep_weights: bool
+    options: Fp8Options | None, *, device: torch.device, dtype: torch.dtype, keep_weights: bool, recomputed: bool
 ) -> Fp8Linears | None:
     """The products, None without options. UsageError for a GPU that cannot.
 
-    keep_weights : whether weights stay in memory between the forward and the backward pass.
+    keep_weights : whether weights stay in memory between the forward and the backward pass.  recomputed: see `Fp8Linears`.
     """
     if options is None:
         return None
@@ -316,7 +372,7 @@ def choose_fp8(
         how = f"rounded by torch's own operators, multiplied in float32 (no 8-bit products on the {device.type})"
     where = "linear layers of attention, dense MLPs and shared experts"
     sentence = f"{options.format}, {options.recipe}, {where}; {how}"
-    return Fp8Linears(options, keep_weights=keep_weights, sentence=sentence)
+    return Fp8Linears(options, keep_weights=keep_weights, recomputed=recomputed, sentence=sentence)
 
 
 def _require(device: torch.device, recipe: Recipe) -> None:

@@ -105,7 +105,8 @@ def _shard(
 
 def _choose_fp8(options: EngineOptions, device: torch.device, *, sharded: bool) -> Fp8Linears | None:
     stay = not (sharded and options.sharding is Sharding.OPTIM_GRADS_PARAMS)
-    return choose_fp8(options.fp8, device=device, dtype=options.compute_dtype, keep_weights=stay)
+    again = options.recompute.granularity == "full" or options.recompute.has("mlp")
+    return choose_fp8(options.fp8, device=device, dtype=options.compute_dtype, keep_weights=stay, recomputed=again)
 
 
 def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]:
