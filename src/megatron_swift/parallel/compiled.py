@@ -3,7 +3,7 @@
 A layer has two compiled parts: from its first norm to the rotated queries and keys, and from the attention's output to the end of a dense
 MLP, or to the norm in front of a router. The core attention, which may loop over segments on the host, routers and experts stay outside. Modules are
 arguments of the parts, so that all layers of a kind share a graph whose inputs are their parameters; and the number of tokens is
-marked dynamic, so that a part has one graph for training and one for evaluation, whatever the lengths.
+marked dynamic, so that a part has one graph for training and one for evaluation, whatever the lengths. docs/compiling.md is for users.
 
 Where a collective, a dropout or recomputation stands inside a part, norm, rotation and SwiGLU are compiled one by one instead.
 """
@@ -95,7 +95,7 @@ def install(
 def _why_not(model: Decoder, *, device: torch.device, dtype: torch.dtype) -> str:
     """Why `auto` does not compile; "" where it does: on a GPU, if the norm or the activation has no Triton kernel."""
     if device.type != "cuda":
-        return "auto: on a CPU it takes most of a minute to start, and saves little"
+        return "auto: on a CPU it takes a minute to start, and saves little"
     if not why_no_triton(device) and dtype is not torch.float64 and {"norm", "swiglu"} <= model.fusible:
         return "auto: there are Triton kernels for this model"
     return ""
