@@ -114,16 +114,29 @@ def _tiny(x: Tensor) -> Tensor:
     return x + 1
 
 
-def _over_tokens(function: Callable[..., R], options: Compile) -> Callable[..., R]:
-    """`function` compiled, its tensors' first dims being tokens, two at least; one that is broken by something is an error."""
+def _over_tokens(function: Callable[..., Any], options: Compile, *, still: int = 0) -> Callable[..., Any]:
+    """`function` compiled, its tensors' first dims being tokens, two at least; one that is broken by something is an error.
+
+    still : how many of the last arguments never carry a gradient. Evaluation takes the graph of training, and drops what that keeps: a graph
+    of its own would double their number.
+    """
     compiled = torch.compile(function, backend=options.backend, fullgraph=True)
     from torch._dynamo import mark_dynamic  # a second to import, for those alone who compile
 
-    def run(*args: Any) -> R:
-        for arg in args:
-            if isinstance(arg, Tensor) and not isinstance(arg, nn.Parameter):
-                mark_dynamic(arg, 0)
-        return compiled(*args)
+    def run(*args: Any) -> Any:
+        train = torch.is_grad_enabled()
+        given = list(args)
+        for place, arg in enumerate(args):
+            if not isinstance(arg, Tensor) or isinstance(arg, nn.Parameter):
+                continue
+            if not train:
+                given[place] = arg = arg.detach().requires_grad_(place < len(args) - still)
+            mark_dynamic(arg, 0)
+        if train:
+            return compiled(*given)
+        with torch.enable_grad():
+            results = compiled(*given)
+        return results.detach() if isinstance(results, Tensor) else tuple(result.detach() for result in results)
 
     return run
 
@@ -151,7 +164,7 @@ def _in_parts(model: Decoder, options: Compile) -> str:
 
 
 def _layer_form(options: Compile) -> LayerForm:
-    heads = _over_tokens(Attention.heads, options)
+    heads = _over_tokens(Attention.heads, options, still=2)  # cos and sin
     end, middle = _over_tokens(_end_of_dense, options), _over_tokens(_middle_of_sparse, options)
 
     def form(
@@ -198,8 +211,8 @@ def _one_by_one(model: Decoder, options: Compile, around: Around) -> str:
 def _kernels(options: Compile, *, forgets_norms: bool) -> LayerKernels:
     """forgets_norms: nothing asks that what a norm gives to a product is computed again, which `norm_linear` could not do."""
 
-    def rows(function: Callable[..., R]) -> Callable[..., R]:
-        compiled = _over_tokens(function, options)
+    def rows(function: Callable[..., R], *, still: int = 0) -> Callable[..., R]:
+        compiled = _over_tokens(function, options, still=still)
         return lambda x, *rest: (compiled if len(x) >= _FEWEST else function)(x, *rest)
 
     norm, added_norm, activation = rows(rms_norm), rows(add_norm), rows(swiglu)
@@ -220,7 +233,7 @@ def _kernels(options: Compile, *, forgets_norms: bool) -> LayerKernels:
         add_norm_linear=add_norm_linear,
         swiglu=activation,
         swiglu_linear=lambda gate_up, weight: F.linear(activation(gate_up), weight),
-        split_rotate=rows(split_rotate),
+        split_rotate=rows(split_rotate, still=2),
     )
 
 
