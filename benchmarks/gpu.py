@@ -269,14 +269,14 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="folder for a table of one step's kernels per case")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
-    changes = dict(arguments.set)
+    base = dict(arguments.set)
     if arguments.torch_compile:
-        changes["compile"] = Compile(arguments.torch_compile)
+        base["compile"] = Compile(arguments.torch_compile)
     mesh = start(backend="nccl", timeout_minutes=1)
     assert mesh.device.type == "cuda", "this measures a GPU; benchmarks/step.py measures a CPU"
     results: dict[str, Any] = {}
     for case, (way, fp8) in itertools.product(arguments.cases, ways(arguments).items()):
-        name, changes = case + way, dict(arguments.set) | fp8
+        name, changes = case + way, base | fp8
         profile = str(arguments.profile / f"{name}.txt") if arguments.profile else None
         try:
             result = run_case(CASES[case], mesh, steps=arguments.steps, changes=changes, profile=profile)
@@ -289,7 +289,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "results": results,
-        "changes": {k: str(v) for k, v in changes.items()},
+        "changes": {k: str(v) for k, v in base.items()},
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": commit.stdout.strip(),

@@ -154,6 +154,11 @@ def test_compiling_without_a_compiler(prepare, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_compiling_excludes_fp8(prepare):
+    with pytest.raises(UsageError, match="--torch_compile true excludes --fp8_format e4m3"):
+        prepare("--torch_compile", "true", "--fp8_format", "e4m3")
+
+
 def test_folder_without_weights_or_config(prepare, place, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"has no tokenizer\.json"):

@@ -18,6 +18,7 @@ from test_layouts import SP, VIRTUAL, ZERO3, full, on_layout, parts
 from test_moe_layouts import AUX, MODEL, by_hand_sparse, routed
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from megatron_swift.kernels.fp8 import Fp8Options
 from megatron_swift.parallel.compiled import Compile
 from megatron_swift.parallel.dropout import Dropout
 from megatron_swift.parallel.mesh import Sizes, start
@@ -139,7 +140,7 @@ def graphs_on_layout(rank, folder, sizes, options) -> int:
 COUNTED = [
     (1, Sizes(), full("block", 2), 2),
     (2, Sizes(), ZERO3, 2),
-    (2, Sizes(tp=2), SP, 4),
+    (2, Sizes(tp=2), SP, 3),
     (2, Sizes(pp=2), VIRTUAL | full("uniform", 1), 2),
 ]
 
@@ -187,6 +188,14 @@ def test_true_with_nothing_to_compile_is_an_error():
     with pytest.raises(UsageError) as caught:
         random_engine(SHAPES["gpt2"], compile=TRACED, dropout=Dropout(hidden=0.1))
     assert "dropout stands between" in caught.value.why
+
+
+def test_products_in_8_bits_are_not_compiled(folder):
+    fp8 = {"fp8": Fp8Options(format="hybrid")}
+    with pytest.raises(UsageError, match="--torch_compile true") as caught:
+        make_engine(folder, torch.bfloat16, compile=TRACED, **fp8)
+    assert "8 bits" in caught.value.why
+    assert "8 bits" in make_engine(folder, torch.bfloat16, **fp8).kernels["compile"]
 
 
 # What the real compiler gives, and that a second process finds what the first has left: prints whether the numbers are the plain ones, and

@@ -149,8 +149,15 @@ def prepare_run(args: TrainArguments, env: Mapping[str, str]) -> RunSetup:
 
 def check_compiler(args: TrainArguments, env: Mapping[str, str]) -> None:
     """Raise UsageError for --torch_compile true where this machine lacks what it needs; with auto the ranks say so and go on."""
-    missing = why_no_compiler(gpu=visible_gpus(env) > 0, env=env) if args.torch_compile == "true" else ""
-    if missing:
+    if args.torch_compile != "true":
+        return
+    if args.fp8_format is not None:
+        raise UsageError(
+            f"--torch_compile true excludes --fp8_format {args.fp8_format}",
+            why="products in 8 bits come with norms and activations of their own",
+            do="leave one of the two out",
+        )
+    if missing := why_no_compiler(gpu=visible_gpus(env) > 0, env=env):
         raise UsageError("--torch_compile true cannot be used here", why=missing, do="or leave --torch_compile out")
 
 

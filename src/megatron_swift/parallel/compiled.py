@@ -3,7 +3,7 @@
 A layer has two compiled parts: from its first norm to the rotated queries and keys, and from the attention's output to the end of a dense
 MLP, or to the norm in front of a router. The core attention, which may loop over segments on the host, routers and experts stay outside. Modules are
 arguments of the parts, so that all layers of a kind share a graph whose inputs are their parameters; and the number of tokens is
-marked dynamic, so that a part has one graph for training and one for evaluation, whatever the lengths. docs/compiling.md is for users.
+marked dynamic, so that a part has one graph, whatever the lengths; evaluation takes it too. docs/compiling.md is for users.
 
 Where a collective, a dropout or recomputation stands inside a part, norm, rotation and SwiGLU are compiled one by one instead.
 """
