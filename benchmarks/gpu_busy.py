@@ -70,6 +70,10 @@ def measure(events: list[dict[str, Any]]) -> dict[str, Any]:
     steps = len(ends) - len(ends) // 2
     waits.sort(reverse=True)
     long = [wait for wait, _, _ in waits if wait > 20]
+    pairs: dict[str, list[float]] = {}
+    for wait, before, after in waits[: len(long)]:
+        pairs.setdefault(f"{before[:40]} -> {after[:40]}", []).append(wait)
+    places = sorted(pairs.items(), key=lambda pair: -sum(pair[1]))[:15]
     return {
         "busy": round(busy / (at - began), 4),
         "milliseconds_per_step": round((at - began) / 1000 / steps, 2),
@@ -77,6 +81,7 @@ def measure(events: list[dict[str, Any]]) -> dict[str, Any]:
         "their_milliseconds_per_step": round(sum(long) / 1000 / steps, 2),
         "other_waits_milliseconds_per_step": round((sum(w for w, _, _ in waits) - sum(long)) / 1000 / steps, 2),
         "kernels_per_step": round((last - first) / steps),
+        "places": {where: [len(found), round(sum(found))] for where, found in places},
         "longest": [(round(wait), before, after) for wait, before, after in waits[:12]],
     }
 
