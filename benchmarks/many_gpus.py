@@ -384,6 +384,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on the CPU where there is no GPU")
     parser.add_argument("--one_gpu", action="store_true", help="all ranks share the first GPU: numbers only")
     parser.add_argument("--dtypes", nargs="+", choices=BOUNDS, default=list(BOUNDS), help="of the part numbers")
+    parser.add_argument("--layouts", nargs="+", help="of the part numbers, by name; all where left out")
     parser.add_argument("--timeout", type=float, default=150, help="seconds for one job")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--trace", help="folder for Chrome traces of one step of each speed job")
@@ -391,6 +392,9 @@ def main() -> None:
     makers = {"numbers": numbers_jobs, "speed": speed_jobs, "scaling": scaling_jobs}
     jobs = [job for part in arguments.parts if part in makers for job in makers[part](arguments.gpus)]
     jobs = [job for job in jobs if job.part != "numbers" or job.dtype in arguments.dtypes]
+    if arguments.layouts:
+        wanted = {"one process", *arguments.layouts}
+        jobs = [job for job in jobs if job.part != "numbers" or job.name in wanted]
     if arguments.one_gpu:
         jobs = [job for job in jobs if job.part == "numbers"]
         # NCCL refuses ranks that share a GPU, and torch's symmetric memory does, unless they are told.

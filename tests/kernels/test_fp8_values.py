@@ -141,7 +141,12 @@ def test_torchs_scaled_product_is_the_product(recipe):
     for grad in (E4M3, E5M2):
         a, b = parts(spread(48, 128), grad, recipe)[0], parts(random(64, 128), E4M3, recipe, weight=True)[0]
         mine = product(a, b, fast=False, dtype=torch.float32)
-        theirs = scaled_product(a, b, fast=False, dtype=torch.bfloat16).float()
+        try:
+            theirs = scaled_product(a, b, fast=False, dtype=torch.bfloat16).float()
+        except RuntimeError as error:
+            if "only supports per-tensor" not in str(error):
+                raise
+            pytest.skip(f"torch {torch.__version__} has the product of rows on GPUs only")
         assert ((mine - theirs).abs() <= 2**-7 * mine.abs() + 1e-6 * mine.abs().amax()).all()
 
 

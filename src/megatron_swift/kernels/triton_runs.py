@@ -12,6 +12,8 @@ def why_no_triton(device: torch.device) -> str:
     """Why Triton kernels do not run on `device`; "" where they do."""
     if device.type != "cuda":
         return f"Triton kernels need a GPU, not the {device.type}"
+    if not torch.cuda.is_available():
+        return "Triton kernels need a GPU, and torch sees none"
     if not _installed():
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
