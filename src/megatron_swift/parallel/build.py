@@ -74,7 +74,10 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
         chunks.append(model)
     dense_replicas, expert_replicas = Axis() if sharded else mesh.shard, Axis() if experts_sharded else mesh.edp
     shards = _make_shards(chunks, cfg, mesh, options, dense_replicas, expert_replicas)
-    pipeline = Pipeline(mesh.pp, Links(mesh.pp), options.chunks_per_rank) if mesh.pp.size > 1 else None
+    pipeline = None
+    if mesh.pp.size > 1:
+        links = Links(mesh.pp, device, ring=options.chunks_per_rank > 1)
+        pipeline = Pipeline(mesh.pp, links, options.chunks_per_rank)
     kernels |= _describe(mesh, options, stages, chunks[0])
     return Engine(
         chunks,

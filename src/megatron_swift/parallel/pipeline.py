@@ -62,9 +62,11 @@ class Links:
 
     Each carries messages one way between two neighbours only, in the order both sides expect, so that no order of sends and receives
     can deadlock, with gloo or NCCL. Sends must stay asynchronous.
+
+    device : of the messages.  ring : whether the last rank sends forward to the first, as virtual stages do.
     """
 
-    def __init__(self, axis: Axis):
+    def __init__(self, axis: Axis, device: torch.device, *, ring: bool):
         self.axis = axis
         everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
         dist.all_gather_object(everyone, axis.ranks)
@@ -75,6 +77,28 @@ class Links:
                     group = dist.new_group(list(line))
                     if line == axis.ranks:
                         self.groups[direction, wraps] = group
+        self._meet(device, ring=ring)
+
+    def _meet(self, device: torch.device, *, ring: bool) -> None:
+        """One message over every link, boundary by boundary, so that no communicator is left to be made while a schedule runs.
+
+        NCCL makes one with the first message of two ranks. Both hosts wait for each other then, and for what their GPUs have under way, which
+        may be a message that only goes on once the other host has come further.
+        """
+        token = torch.zeros(1, device=device)
+        size, rank = self.axis.size, self.axis.rank
+        for direction, step in (("forward", 1), ("backward", -1)):
+            for sender in range(size):
+                if not ring and not 0 <= sender + step < size:
+                    continue
+                if rank == sender:
+                    work, _ = self.send(token, direction)
+                    if work is not None:
+                        work.wait()
+                elif rank == (sender + step) % size:
+                    self.receive(token, direction)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def send(self, tensor: Tensor, direction: str) -> tuple[dist.Work | None, Tensor]:
         """Start a send to the neighbour in `direction`; keep what is returned until it has been waited for."""

@@ -238,7 +238,7 @@ def quantise(
     rows: bool = True,
     columns: bool = True,
     amax: Tensor | None = None,
-    tile: tuple[int, int, int] = (128, 64, 4),
+    tile: tuple[int, int, int] = (64, 128, 4),
 ) -> Quantised:
     """`kernels.fp8_values.quantise`. tile: rows and columns of x that a program casts, and its warps; blockwise has its own."""
     assert x.is_contiguous() and (rows or columns)
