@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_swift.utils.log import get_logger
+
 AXES = ("pp", "dp", "cp", "tp")  # slowest first
 EXPERT_AXES = ("pp", "edp", "ep", "etp")  # the same ranks, seen by the experts of a pipeline stage
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def start(*, backend: str, timeout_minutes: float, sizes: Sizes = Sizes()) -> Me
     """Join the process group that torchrun's environment describes; without one, a mesh of one process."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     backend = choose_backend(backend)
+    if sizes.pp > 1:
+        _ask_for_queues()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -136,6 +141,20 @@ def start(*, backend: str, timeout_minutes: float, sizes: Sizes = Sizes()) -> Me
     if sizes.ep is not None:
         axes |= _expert_axes(grid, sizes, rank)
     return Mesh(rank, world, device, backend, **axes, shard=_axis(grid, ("dp", "cp"), rank), ends=ends)
+
+
+def _ask_for_queues() -> None:
+    """Have the GPU keep apart what is independent, before its context is made.
+
+    A message waits on the device for its receiver. In one hardware queue with it (Megatron's CUDA_DEVICE_MAX_CONNECTIONS=1) waits all that
+    was issued later, the message that the receiver waits for among it; the usual 8 queues may put two streams into one.
+    """
+    asked = os.environ.get(_QUEUES)
+    os.environ[_QUEUES] = "32"
+    if asked not in (None, "32"):
+        get_logger().warning(
+            "%s=%s is raised to 32: pipeline stages could wait for each other for ever", _QUEUES, asked
+        )
 
 
 def _expert_axes(grid: np.ndarray, sizes: Sizes, rank: int) -> dict[str, Axis]:
