@@ -10,7 +10,7 @@ from test_layouts import full, on_layout
 from test_moe_layouts import by_hand_sparse
 
 from megatron_swift.models.routing import RouterOptions
-from megatron_swift.parallel import engine as engines
+from megatron_swift.parallel import build
 from megatron_swift.parallel.mesh import Sizes
 from megatron_swift.testing import make_tiny_model, run_ranks
 from shapes import SHAPES, random_engine
@@ -41,7 +41,7 @@ def test_which_kernel_the_routers_get(monkeypatch):
     cfg, router = SHAPES["experts"], RouterOptions(dtype=torch.float64)
     assert "; router in torch's own operators (Triton kernels need a GPU" in random_engine(cfg).kernels["experts"]
     asked, gate = [], lambda *_: None
-    monkeypatch.setattr(engines, "choose_gate", lambda *a, num_experts: asked.append((*a, num_experts)) or (gate, "so"))
+    monkeypatch.setattr(build, "choose_gate", lambda *a, num_experts: asked.append((*a, num_experts)) or (gate, "so"))
     engine = random_engine(cfg, dtype=torch.float32, router=router)
     assert asked == [(torch.device("cpu"), (torch.float64, torch.float32), cfg.moe.num_experts)]
     assert engine.kernels["experts"].endswith("; so")
