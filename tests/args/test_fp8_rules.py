@@ -11,26 +11,13 @@ from megatron_swift.args.fp8_rules import check_fp8
 from megatron_swift.commands.setup import linear_sizes
 from megatron_swift.models.config import ModelConfig, MoEConfig
 from megatron_swift.utils.errors import UsageError
+from shapes import shape
 
 BASE = "--model m --dataset d --train_iters 1 "
 HYBRID, E4M3 = "--fp8_format hybrid ", "--fp8_format e4m3 "
 BLOCKS = E4M3 + "--fp8_recipe blockwise "
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=128,
-    ffn_hidden_size=384,
-    num_attention_heads=8,
-    num_query_groups=2,
-    kv_channels=32,
-    vocab_size=263,
-    max_position_embeddings=64,
-    norm_epsilon=1e-5,
-    rotary_base=10000.0,
-    rope_scaling=None,
-    tied_embeddings=False,
-    qkv_bias=False,
-    qk_layernorm=False,
-    dtype="bfloat16",
+MODEL = shape(
+    num_layers=2, hidden_size=128, ffn_hidden_size=384, num_attention_heads=8, kv_channels=32, dtype="bfloat16"
 )
 
 

@@ -68,7 +68,9 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
         _install_compiled(model, mesh, options, kernels)
         if sharded or experts_sharded:
             over = (mesh.shard if sharded else Axis(), mesh.edp if experts_sharded else Axis())
-            _shard(model, over, options, device=device, master_dtype=exact)
+            data_parallel.shard(
+                model, *over, device=device, compute_dtype=options.compute_dtype, sharding=options.sharding
+            )
         if sharded:
             model.to_empty(device=device)
         chunks.append(model)
@@ -89,20 +91,6 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
         kernels=kernels,
         routers=RouterTotals(cfg, mesh) if cfg.moe is not None else None,
         fp8=fp8,
-    )
-
-
-def _shard(
-    model: Decoder, over: tuple[Axis, Axis], options: EngineOptions, *, device: torch.device, master_dtype: torch.dtype
-) -> None:
-    """over: the ranks that share dense parameters and those that share an expert's."""
-    data_parallel.shard(
-        model,
-        *over,
-        device=device,
-        compute_dtype=options.compute_dtype,
-        master_dtype=master_dtype,
-        sharding=options.sharding,
     )
 
 

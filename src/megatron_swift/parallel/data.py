@@ -34,14 +34,15 @@ def shard(
     *,
     device: torch.device,
     compute_dtype: torch.dtype,
-    master_dtype: torch.dtype,
     sharding: Sharding,
 ) -> None:
-    """Wrap layer by layer and the rest as the root. Parameters stay in master_dtype, one shard per rank; compute runs in compute_dtype.
+    """Wrap layer by layer and the rest as the root. Parameters stay in float32 (float64 for a float64 model), one shard per rank; compute runs
+    in compute_dtype.
 
-    Gradients are accumulated and reduced in master_dtype, as Megatron does. Routed experts have ranks of their own to share with; where
+    Gradients are accumulated and reduced in the parameters' type, as Megatron does. Routed experts have ranks of their own to share with; where
     one of the two axes has a single rank, its parameters are left whole, in compute_dtype.
     """
+    master_dtype = torch.promote_types(compute_dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype, cast_forward_inputs=False)
     reshard_after_forward = sharding is Sharding.OPTIM_GRADS_PARAMS
     kept_whole: set[nn.Parameter] = set()

@@ -57,6 +57,10 @@ def forward_only(*, stages: int, rank: int, chunks: int, num_micro: int) -> list
     ]
 
 
+# Ranks from a message's sender to its receiver.
+_STEPS = {"forward": 1, "backward": -1}
+
+
 class Links:
     """Point-to-point groups of my pipeline: one per direction and per crossing of the ring's end.
 
@@ -72,7 +76,7 @@ class Links:
         dist.all_gather_object(everyone, axis.ranks)
         self.groups: dict[tuple[str, bool], dist.ProcessGroup] = {}
         for line in sorted(set(everyone)):
-            for direction in ("forward", "backward"):
+            for direction in _STEPS:
                 for wraps in (False, True):
                     group = dist.new_group(list(line))
                     if line == axis.ranks:
@@ -87,7 +91,7 @@ class Links:
         """
         token = torch.zeros(1, device=device)
         size, rank = self.axis.size, self.axis.rank
-        for direction, step in (("forward", 1), ("backward", -1)):
+        for direction, step in _STEPS.items():
             for sender in range(size):
                 if not ring and not 0 <= sender + step < size:
                     continue
@@ -102,16 +106,14 @@ class Links:
 
     def send(self, tensor: Tensor, direction: str) -> tuple[dist.Work | None, Tensor]:
         """Start a send to the neighbour in `direction`; keep what is returned until it has been waited for."""
-        step = 1 if direction == "forward" else -1
-        to = self.axis.rank + step
+        to = self.axis.rank + _STEPS[direction]
         wraps = not 0 <= to < self.axis.size
         tensor = tensor.contiguous()
         return dist.isend(tensor, self.axis.ranks[to % self.axis.size], group=self.groups[direction, wraps]), tensor
 
     def receive(self, into: Tensor, direction: str) -> Tensor:
         """Receive what travels in `direction` from the neighbour it comes from."""
-        step = 1 if direction == "forward" else -1
-        source = self.axis.rank - step
+        source = self.axis.rank - _STEPS[direction]
         wraps = not 0 <= source < self.axis.size
         dist.recv(into, self.axis.ranks[source % self.axis.size], group=self.groups[direction, wraps])
         return into
