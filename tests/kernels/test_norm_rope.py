@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from test_fused import DEVICE, both_types, check, needs_triton, values
+from test_fused import DEVICE, INTERPRETED, both_types, check, needs_triton, values
 
 from megatron_swift.kernels import layers
 from megatron_swift.kernels.attention import Segments
@@ -13,7 +15,8 @@ from megatron_swift.models.layers import Attention
 from shapes import shape
 
 EPSILON = 1e-6
-# (tokens, groups, query heads of a group, width): tiles of 128, 16, 32 and 8 tokens; widths of Qwen3, Phi, Gemma and others.
+# (tokens, groups, query heads of a group, width). For widths of 128 a tile has 16 tokens forwards, 8 backwards: whole ones and a part, several for
+# each program of the interpreter.
 SIZES = [
     (6, 2, 3, 12),
     (37, 2, 6, 128),
@@ -47,9 +50,7 @@ def test_split_norm_rotate(dtype, sizes):
     from megatron_swift.kernels.fused.norm_rope import fused_split_norm_rotate
 
     cos, sin = (x.to(dtype).double() for x in angles(sizes[0], sizes[-1]))
-    check(
-        by(layers.split_norm_rotate, cos, sin), by(fused_split_norm_rotate, cos, sin), tensors(*sizes), dtype
-    )
+    check(by(layers.split_norm_rotate, cos, sin), by(fused_split_norm_rotate, cos, sin), tensors(*sizes), dtype)
 
 
 @needs_triton
@@ -68,7 +69,7 @@ def test_float16_and_rows_of_another_order():
 
         return run
 
-    check(transposed(layers.split_norm_rotate), transposed(fused_split_norm_rotate), [there, q, k], torch.float16)
+    check(transposed(layers.split_norm_rotate), transposed(fused_split_norm_rotate), [there, q, k], torch.float16, 1e-3)
 
 
 @needs_triton
@@ -132,17 +133,16 @@ def test_in_an_attention_module(dtype):
     x = values(21, cfg.hidden_size, seed=40).bfloat16()
     exact = trained(attention(cfg, torch.float64, layers.PLAIN), x.double())
     plain = trained(attention(cfg, dtype, layers.PLAIN), x.to(dtype))
-    module = attention(cfg, dtype, fused)
     calls: list[int] = []
-    rows = layers.LayerKernels(
-        split_norm_rotate=lambda *given: calls.append(1) or fused.split_norm_rotate(*given),
-        norm=fused.norm,
-        norm_linear=fused.norm_linear,
-    )
-    module.kernels = rows
-    mine = trained(module, x.to(dtype))
+
+    def counted(*given):
+        calls.append(1)
+        return fused.split_norm_rotate(*given)
+
+    mine = trained(attention(cfg, dtype, dataclasses.replace(fused, split_norm_rotate=counted)), x.to(dtype))
     assert calls == [1]
+    allowed = 3 if INTERPRETED else 1.3  # the interpreter cuts where a GPU rounds, and all products carry it on
     for name, right in exact.items():
         size = right.norm()
         near = ((plain[name].double() - right).norm() / size).item()
-        assert (mine[name].double() - right).norm() / size <= 1.5 * near + 1e-7, name
+        assert (mine[name].double() - right).norm() / size <= allowed * near + 1e-7, name

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_swift.kernels.triton_runs import why_no_triton
 
-
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 SplitRotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -74,9 +73,8 @@ def no_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [T, groups, n + 2, d]: each group's n query heads, its key, its value -> q [T, groups * n, d], k, v [T, groups, d]."""
-    tokens, _, rows, dim = qkv.shape
-    q, k, v = qkv.split((rows - 2, 1, 1), dim=2)
-    return q.reshape(tokens, -1, dim), k.squeeze(2), v.squeeze(2)
+    q, k, v = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
+    return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
 
 
 def split_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,11 @@ from torch import Tensor
 from megatron_swift.kernels.fused.norm import processors
 
 _WARPS = 4
-_TILE = 1024  # heads of a tile x half their width: 8 values of each half a thread, 16 bytes in 16-bit types
-_PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each keeps the two weights' gradients in registers
+# Tokens of a tile x half a head: of each half 8 values a thread, 16 bytes in 16-bit types; backwards 4, as gradients, too, are in registers.
+_FORWARD_TILE, _BACKWARD_TILE = 1024, 512
+_PROGRAMS_PER_PROCESSOR = (
+    5  # of the backward pass: with 96 registers a thread for heads of 128 (counted by ptxas) as many fit
+)
 
 
 @triton.jit
@@ -57,10 +60,11 @@ def _turned_back(qkv, at, grad, at_grad, dqkv, inside, w1, w2, c, s, epsilon, DI
 
 
 @triton.jit
-def _halves(weight, column, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
-    w1 = tl.load(weight + column, column < DIM // 2, 0.0).to(tl.float32)
-    w2 = tl.load(weight + column + DIM // 2, column < DIM // 2, 0.0).to(tl.float32)
-    return w1[None, :], w2[None, :]
+def _halves(weight, at, inside, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A norm's weight by halves, repeated for each head: so loaded, no thread needs what another one has."""
+    w1 = tl.load(weight + at, inside, 0.0).to(tl.float32)
+    w2 = tl.load(weight + at + DIM // 2, inside, 0.0).to(tl.float32)
+    return w1, w2
 
 
 @triton.jit
@@ -90,6 +94,7 @@ def _forward(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
 ):
     tile, column = tl.program_id(0), tl.arange(0, HALF)
+    at_w = tl.broadcast_to(column[None, :], (TOKENS, HALF))
     token = ((tile // groups) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     inside = (token < tokens)[:, None] & (column < DIM // 2)[None, :]
     at = token[:, None] * DIM + column[None, :]
@@ -99,14 +104,12 @@ def _forward(  # type: ignore[no-untyped-def]
     at = row * (PER_GROUP + 2) + column[None, :]
     at_q = row * PER_GROUP + column[None, :]
     at_k = row + column[None, :]
-    w1, w2 = _halves(q_weight, column, DIM)
-    for _ in range(PER_GROUP):
-        _turned(qkv, at, q, at_q, inside, w1, w2, c, s, epsilon, DIM)
-        at += DIM
-        at_q += DIM
-    w1, w2 = _halves(k_weight, column, DIM)
-    _turned(qkv, at, k, at_k, inside, w1, w2, c, s, epsilon, DIM)
-    _copied(qkv, at + DIM, v, at_k, inside, DIM)
+    w1, w2 = _halves(q_weight, at_w, inside, DIM)
+    for head in range(PER_GROUP):
+        _turned(qkv + head * DIM, at, q + head * DIM, at_q, inside, w1, w2, c, s, epsilon, DIM)
+    w1, w2 = _halves(k_weight, at_w, inside, DIM)
+    _turned(qkv + PER_GROUP * DIM, at, k, at_k, inside, w1, w2, c, s, epsilon, DIM)
+    _copied(qkv + (PER_GROUP + 1) * DIM, at, v, at_k, inside, DIM)
 
 
 @triton.jit
@@ -131,6 +134,7 @@ def _backward(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
 ):
     program, column = tl.program_id(0), tl.arange(0, HALF)
+    at_w = tl.broadcast_to(column[None, :], (TOKENS, HALF))
     # Added up over the rows of a tile at the end alone: that is an exchange between threads.
     q1 = tl.zeros((TOKENS, HALF), tl.float32)
     q2 = tl.zeros((TOKENS, HALF), tl.float32)
@@ -145,18 +149,20 @@ def _backward(  # type: ignore[no-untyped-def]
         at = row * (PER_GROUP + 2) + column[None, :]
         at_q = row * PER_GROUP + column[None, :]
         at_k = row + column[None, :]
-        w1, w2 = _halves(q_weight, column, DIM)
-        for _ in range(PER_GROUP):
-            dw1, dw2 = _turned_back(qkv, at, dq, at_q, dqkv, inside, w1, w2, c, s, epsilon, DIM)
+        w1, w2 = _halves(q_weight, at_w, inside, DIM)
+        for head in range(PER_GROUP):
+            beyond = head * DIM
+            dw1, dw2 = _turned_back(
+                qkv + beyond, at, dq + beyond, at_q, dqkv + beyond, inside, w1, w2, c, s, epsilon, DIM
+            )
             q1 += dw1
             q2 += dw2
-            at += DIM
-            at_q += DIM
-        w1, w2 = _halves(k_weight, column, DIM)
-        dw1, dw2 = _turned_back(qkv, at, dk, at_k, dqkv, inside, w1, w2, c, s, epsilon, DIM)
+        w1, w2 = _halves(k_weight, at_w, inside, DIM)
+        beyond = PER_GROUP * DIM
+        dw1, dw2 = _turned_back(qkv + beyond, at, dk, at_k, dqkv + beyond, inside, w1, w2, c, s, epsilon, DIM)
         k1 += dw1
         k2 += dw2
-        _copied(dv, at_k, dqkv, at + DIM, inside, DIM)
+        _copied(dv, at_k, dqkv + beyond + DIM, at, inside, DIM)
     at = partial + program.to(tl.int64) * (2 * DIM) + column
     tl.store(at, tl.sum(q1, 0), column < DIM // 2)
     tl.store(at + DIM // 2, tl.sum(q2, 0), column < DIM // 2)
@@ -164,11 +170,11 @@ def _backward(  # type: ignore[no-untyped-def]
     tl.store(at + DIM + DIM // 2, tl.sum(k2, 0), column < DIM // 2)
 
 
-def _sizes(qkv: Tensor) -> tuple[int, dict[str, int]]:
+def _sizes(qkv: Tensor, tile: int) -> tuple[int, dict[str, int]]:
     """(number of tiles, what the kernels are compiled for)."""
     tokens, groups, rows, dim = qkv.shape
     half = triton.next_power_of_2(dim // 2)
-    at_once = max(1, _TILE // half)
+    at_once = max(1, tile // half)
     sizes = {"PER_GROUP": rows - 2, "DIM": dim, "TOKENS": at_once, "HALF": half, "num_warps": _WARPS}
     return triton.cdiv(tokens, at_once) * groups, sizes
 
@@ -182,7 +188,7 @@ class _SplitNormRotate(torch.autograd.Function):
         qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
         q = qkv.new_empty(tokens, groups * (rows - 2), dim)
         k, v = qkv.new_empty(tokens, groups, dim), qkv.new_empty(tokens, groups, dim)
-        tiles, sizes = _sizes(qkv)
+        tiles, sizes = _sizes(qkv, _FORWARD_TILE)
         if tiles:
             _forward[(tiles,)](qkv, q_weight, k_weight, cos, sin, q, k, v, tokens, groups, epsilon, **sizes)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
@@ -194,13 +200,11 @@ class _SplitNormRotate(torch.autograd.Function):
         qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
         tokens, groups, _, dim = qkv.shape
         dqkv = torch.empty_like(qkv)
-        tiles, sizes = _sizes(qkv)
+        tiles, sizes = _sizes(qkv, _BACKWARD_TILE)
         programs = max(min(tiles, _PROGRAMS_PER_PROCESSOR * processors(qkv.device)), 1)
         partial = torch.empty(programs, 2, dim, dtype=torch.float32, device=qkv.device)
         grads = (dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, partial)
-        _backward[(programs,)](
-            qkv, q_weight, k_weight, cos, sin, *grads, tokens, groups, tiles, ctx.epsilon, **sizes
-        )
+        _backward[(programs,)](qkv, q_weight, k_weight, cos, sin, *grads, tokens, groups, tiles, ctx.epsilon, **sizes)
         dw = partial.sum(0)
         return dqkv, dw[0].to(q_weight.dtype), dw[1].to(k_weight.dtype), None, None, None
 
