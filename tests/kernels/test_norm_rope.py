@@ -73,6 +73,24 @@ def test_float16_and_rows_of_another_order():
 
 
 @needs_triton
+def test_rows_end_within_memory():
+    """What lies behind the last row, of another tensor it may be, is in no sum."""
+    from megatron_swift.kernels.fused.norm_rope import fused_split_norm_rotate
+
+    def gradients(more: int) -> list[torch.Tensor]:
+        def cut(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, x.new_full((more, *x.shape[1:]), 1e4)])[: len(x)]
+
+        qkv, q, k = (x.float() for x in tensors(5, 2, 3, 16))
+        given = [cut(qkv).requires_grad_(), q.requires_grad_(), k.requires_grad_()]
+        out = fused_split_norm_rotate(*given, EPSILON, *(cut(x.float()) for x in angles(5, 16)))
+        return list(torch.autograd.grad(out, given, [cut(values(*x.shape, seed=8).float()) for x in out]))
+
+    for padded, alone in zip(gradients(64), gradients(0), strict=True):
+        assert torch.equal(padded, alone)
+
+
+@needs_triton
 def test_what_is_kept():
     """The rows that the product of linear_qkv is anyway, the weights, cos and sin: no copy of a head."""
     from megatron_swift.kernels.fused.norm_rope import fused_split_norm_rotate
