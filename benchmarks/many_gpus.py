@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import gc
 import json
 import os
@@ -310,8 +311,9 @@ def covered(spans: Sequence[tuple[float, float]], by: Sequence[tuple[float, floa
     return total
 
 
-def rank_job(rank: int, job: Job, rehearse: bool, trace: str | None, one_gpu: bool) -> dict[str, Any]:
-    """A job on one rank, in a fresh process. one_gpu: all ranks are on the first GPU."""
+def rank_job(rank: int, job: Job, rehearse: bool, trace: str | None, one_gpu: bool, limit: float) -> dict[str, Any]:
+    """A job on one rank, in a fresh process. one_gpu: all ranks are on the first GPU. limit: of seconds; a rank that nears it says where it is."""
+    faulthandler.dump_traceback_later(0.8 * limit)
     if one_gpu:
         os.environ["LOCAL_RANK"] = "0"
     cfg = models(rehearse)[job.model].replace(dtype=job.dtype)
@@ -332,7 +334,7 @@ def line(result: dict[str, Any]) -> str:
 def run_job(job: Job, *, rehearse: bool, trace: str | None, timeout: float, one_gpu: bool = False) -> dict[str, Any]:
     """The job and what rank 0 found, or the error of the ranks; said in a line."""
     try:
-        result = run_ranks(rank_job, job.ranks, job, rehearse, trace, one_gpu, timeout=timeout)[0]
+        result = run_ranks(rank_job, job.ranks, job, rehearse, trace, one_gpu, timeout, timeout=timeout)[0]
     except (AssertionError, RuntimeError, TimeoutError) as error:
         result = {"error": str(error)[-1500:]}
     print(f"{job.part:8s} {job.ranks} ranks  {job.model:9s} {job.dtype:8s} {job.name:16s} {line(result)}", flush=True)

@@ -294,3 +294,29 @@ def test_which_kernels_are_fused(recomputed):
         for name, fields in names.items():
             for field in fields:
                 assert (getattr(kernels, field) is getattr(layers.PLAIN, field)) == (name == off), (off, field)
+
+
+@needs_triton
+@pytest.mark.parametrize("number", [0, 5, 2048, 5000])
+def test_sum_of_gradients(number):
+    from megatron_swift.kernels.fused.sums import add_wider
+
+    first, second = (values(number, seed=n).to(torch.bfloat16) for n in (1, 2))
+    exact = first.float() + second.float()
+    total = add_wider(first, second)
+    assert total.dtype is torch.float32 and torch.equal(total, exact)
+    again = add_wider(total, second)
+    assert again is total and torch.equal(again, exact + second.float())
+
+
+@needs_triton
+@both_types
+@pytest.mark.parametrize("shape", [(0, 5), (1, 16), (3, 24), (300, 128), (1024, 40), (1100, 17), (3000, 33)])
+def test_sum_of_rows(dtype, shape):
+    """In one launch, and in two where there are many rows."""
+    from megatron_swift.kernels.fused.sums import column_sums
+
+    x = values(*shape).to(dtype)
+    got, exact = column_sums(x, dtype), x.double().sum(0)
+    assert got.shape == exact.shape and got.dtype is dtype
+    assert (got.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()

@@ -16,6 +16,7 @@ from megatron_swift.kernels.cudnn_ragged import HEAD_DIMS, ragged_attention, tak
 from megatron_swift.kernels.dense_attention import cudnn_is_fastest, dense_attention, flash_takes, is_even
 from megatron_swift.kernels.dropout import Noise
 from megatron_swift.kernels.to_device import to_device
+from megatron_swift.kernels.varlen_flash import CausalFlash
 
 # Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and the segments of packed rows all differ.
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -78,12 +79,7 @@ def unfused_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, so
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """torch's variable-length FlashAttention-2: CUDA, 16-bit types, one launch for all segments."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends, longest = segments.cumulative, segments.longest
-    attended = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
-    assert isinstance(attended, Tensor)
-    return attended
+    return CausalFlash.apply(q, k, v, segments.cumulative, segments.longest)  # type: ignore[no-any-return]
 
 
 def even_or_flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_swift.kernels.dense_attention import flash_takes
+from megatron_swift.kernels.to_device import to_device
+from megatron_swift.kernels.varlen_flash import Runs, flash_backward, flash_forward
 
 _aten = torch.ops.aten
 
@@ -44,19 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, *, causal: bool) -> 
     """
     assert not causal or blocks.queries == blocks.keys
     if _flash_fits(q):
-        out, log_sum, *_ = _aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            *_cumulative(blocks, q.device),
-            max(blocks.queries),
-            max(blocks.keys),
-            0.0,
-            causal,
-            False,
-            scale=_scale(q),
-        )
-        return out, log_sum
+        return flash_forward(q, k, v, *_runs(blocks, q.device), causal=causal)
     out = torch.empty_like(q)
     log_sum = torch.empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for rows, keys in blocks:
@@ -79,11 +69,8 @@ def attend_backward(
     """(dq, dk, dv) of `attend`. out and log_sum may be those of a softmax over more keys than these: that is how a ring uses it."""
     grad = grad.contiguous()
     if _flash_fits(q):
-        lengths = (*_cumulative(blocks, q.device), max(blocks.queries), max(blocks.keys))
-        seed, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-        return _aten._flash_attention_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, out, log_sum.contiguous(), *lengths, 0.0, causal, seed, unused, scale=_scale(q)
-        )
+        runs = _runs(blocks, q.device)
+        return flash_backward(grad, q, k, v, out, log_sum.contiguous(), *runs, causal=causal)
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for rows, keys in blocks:
         if q.device.type == "cpu":
@@ -114,11 +101,13 @@ def _scale(q: Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[-1])
 
 
-def _cumulative(blocks: Blocks, device: torch.device) -> list[Tensor]:
-    return [
-        torch.tensor([0, *x], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        for x in (blocks.queries, blocks.keys)
-    ]
+def _runs(blocks: Blocks, device: torch.device) -> list[Runs]:
+    """Of the queries and of the keys."""
+    found = []
+    for lengths in (blocks.queries, blocks.keys):
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        found.append(Runs(to_device(ends, device), max(lengths)))
+    return found
 
 
 def _heads(x: Tensor) -> Tensor:

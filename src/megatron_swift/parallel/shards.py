@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megatron_swift.kernels.accumulate import accumulate
 from megatron_swift.parallel.mesh import Axis, Mesh
 from megatron_swift.parallel.tensor import Placement
 
@@ -229,10 +230,9 @@ def _accumulate(shard: Shard, param: Tensor, *, narrow: bool) -> None:
     master, grad = shard.master, param.grad
     assert grad is not None
     param.grad = None
-    if shard.narrow is not None:
-        master.grad, shard.narrow = shard.narrow.to(master.dtype), None
-    if master.grad is not None:
-        master.grad += grad
+    before = shard.grad
+    if before is not None:
+        master.grad, shard.narrow = accumulate(before, grad, master.dtype), None
     elif narrow:
         shard.narrow = grad
     else:

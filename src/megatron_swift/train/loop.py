@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron_swift.data.types import Batch
@@ -65,37 +66,62 @@ def train(
     outputs : on rank 0, None elsewhere.
     Raises NonFiniteError when the gradient is not finite for more than MAX_BAD_STEPS steps in a row.
     """
-    if options.manual_gc:
+    bad, stop = 0, ""
+    with _garbage(manual=options.manual_gc) as set_apart:
+        for batches in steps:
+            lr = schedule.at(state.iteration - state.skipped)
+            report = train_step(
+                engine,
+                optimizer,
+                batches,
+                lr=lr,
+                clip_grad=options.clip_grad,
+                loss_scale=loss_scale,
+                iteration=state.iteration,
+            )
+            set_apart()
+            state.iteration += 1
+            state.consumed_samples += options.global_batch_size
+            state.skipped += report.skipped
+            bad = _check(report, bad, state.iteration, batches, loss_scale)
+            params_norm = engine.shards.params_norm() if options.log_params_norm else None
+            if outputs is not None:
+                after = schedule.at(state.iteration - state.skipped)
+                outputs.step(state.iteration, state.consumed_samples, report, lr=after, params_norm=params_norm)
+            last = state.iteration == options.train_iters
+            stop = "" if last else actions.stop()
+            _at_intervals(optimizer, loss_scale, state, actions, outputs, options, stop=bool(stop))
+            if stop:
+                break
+    return stop
+
+
+@contextmanager
+def _garbage(*, manual: bool) -> Iterator[Callable[[], None]]:
+    """How Python collects garbage meanwhile. What it gives is to be called after each step.
+
+    All that is there after the first step stays to the end. To look through it takes tenths of a second, in which nothing is launched: it
+    is set apart, unless the program has done that with something already.
+    """
+    if manual:
         gc.disable()
         gc.collect()
-    bad, stop = 0, ""
-    for batches in steps:
-        lr = schedule.at(state.iteration - state.skipped)
-        report = train_step(
-            engine,
-            optimizer,
-            batches,
-            lr=lr,
-            clip_grad=options.clip_grad,
-            loss_scale=loss_scale,
-            iteration=state.iteration,
-        )
-        state.iteration += 1
-        state.consumed_samples += options.global_batch_size
-        state.skipped += report.skipped
-        bad = _check(report, bad, state.iteration, batches, loss_scale)
-        params_norm = engine.shards.params_norm() if options.log_params_norm else None
-        if outputs is not None:
-            after = schedule.at(state.iteration - state.skipped)
-            outputs.step(state.iteration, state.consumed_samples, report, lr=after, params_norm=params_norm)
-        last = state.iteration == options.train_iters
-        stop = "" if last else actions.stop()
-        _at_intervals(optimizer, loss_scale, state, actions, outputs, options, stop=bool(stop))
-        if stop:
-            break
-    if options.manual_gc:
-        gc.enable()
-    return stop
+    apart = done = gc.get_freeze_count() > 0
+
+    def set_apart() -> None:
+        nonlocal done
+        if not done:
+            gc.collect()
+            gc.freeze()
+        done = True
+
+    try:
+        yield set_apart
+    finally:
+        if not apart:
+            gc.unfreeze()
+        if manual:
+            gc.enable()
 
 
 def _check(report: StepReport, bad: int, iteration: int, batches: Sequence[Batch], loss_scale: LossScale) -> int:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_swift.kernels.fused.fp8 import SLOTS, magnitude
+from megatron_swift.kernels.fused.sums import column_sums
 
 _PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each keeps a row of the weight's gradient in registers
 
@@ -188,12 +189,17 @@ def norm_backward(
         BLOCK=block,
         num_warps=warps,
     )
-    return dx, partial.sum(0).to(weight.dtype), normalised
+    return dx, column_sums(partial, weight.dtype), normalised
 
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 2 under the interpreter, so that programs share tiles there, too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _of_bias(grad: Tensor) -> Tensor:
+    """The bias's gradient, of that of a linear layer's output [N, C]."""
+    return column_sums(grad.contiguous(), grad.dtype)
 
 
 class _Norm(torch.autograd.Function):
@@ -227,7 +233,7 @@ class _NormLinear(torch.autograd.Function):
         x, norm_weight, rstd, weight = ctx.saved_tensors
         dx, dn, normalised = norm_backward(x, norm_weight, rstd, grad @ weight, again=True)
         assert normalised is not None
-        return dx, dn, grad.t() @ normalised, grad.sum(0) if ctx.with_bias else None, None
+        return dx, dn, grad.t() @ normalised, _of_bias(grad) if ctx.with_bias else None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -261,7 +267,7 @@ class _AddNormLinear(torch.autograd.Function):
             total, norm_weight, rstd, grad @ weight, again=True, beside=beside.contiguous()
         )
         assert normalised is not None
-        return dx, dx, dn, grad.t() @ normalised, grad.sum(0) if ctx.with_bias else None, None
+        return dx, dx, dn, grad.t() @ normalised, _of_bias(grad) if ctx.with_bias else None, None
 
 
 def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
