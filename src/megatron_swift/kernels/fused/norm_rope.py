@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_swift.kernels.fused.norm import processors
+from megatron_swift.kernels.fused.sums import column_sums
 
 _WARPS = 4
 # Tokens of a tile x half a head: of each half 8 values a thread, 16 bytes in 16-bit types; backwards 4, as gradients, too, are in registers.
 _FORWARD_TILE, _BACKWARD_TILE = 1024, 512
-_PROGRAMS_PER_PROCESSOR = (
-    5  # of the backward pass: with 96 registers a thread for heads of 128 (counted by ptxas) as many fit
-)
+# Of the backward pass: ptxas counts 96 registers a thread for heads of 128, with which as many fit.
+_PROGRAMS_PER_PROCESSOR = 5
 
 
 @triton.jit
@@ -202,11 +202,11 @@ class _SplitNormRotate(torch.autograd.Function):
         dqkv = torch.empty_like(qkv)
         tiles, sizes = _sizes(qkv, _BACKWARD_TILE)
         programs = max(min(tiles, _PROGRAMS_PER_PROCESSOR * processors(qkv.device)), 1)
-        partial = torch.empty(programs, 2, dim, dtype=torch.float32, device=qkv.device)
+        partial = torch.empty(programs, 2 * dim, dtype=torch.float32, device=qkv.device)
         grads = (dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, partial)
         _backward[(programs,)](qkv, q_weight, k_weight, cos, sin, *grads, tokens, groups, tiles, ctx.epsilon, **sizes)
-        dw = partial.sum(0)
-        return dqkv, dw[0].to(q_weight.dtype), dw[1].to(k_weight.dtype), None, None, None
+        dw = column_sums(partial, torch.promote_types(q_weight.dtype, k_weight.dtype))
+        return dqkv, dw[:dim].to(q_weight.dtype), dw[dim:].to(k_weight.dtype), None, None, None
 
 
 def fused_split_norm_rotate(
