@@ -98,7 +98,7 @@ LLAMA_8B = ModelConfig(
     **COMMON,
 )
 
-# The dense model with what Triton kernels do not cover: norms of each head before the rotation; LayerNorm and GELU.
+# The dense model with norms of each head before the rotation; and with what Triton kernels do not cover: LayerNorm and GELU.
 QWEN3 = DENSE.replace(qk_layernorm=True, qkv_bias=False)
 GELU = DENSE.replace(normalization="LayerNorm", swiglu=False, ffn_hidden_size=13440, linear_bias=True)
 

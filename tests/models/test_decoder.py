@@ -12,6 +12,7 @@ from megatron_swift.kernels.cross_entropy import chunked_linear_cross_entropy, l
 from megatron_swift.kernels.fp8 import Fp8Linears, Fp8Options
 from megatron_swift.models.decoder import build_decoder
 from megatron_swift.testing import make_tiny_model
+from shapes import shape
 from tiny_models import CPU, as_batch, as_row, load, random_samples
 
 
@@ -94,3 +95,19 @@ def test_which_linears_are_in_8_bits(tmp_path):
     cast = {id(held.weight) for held in linears._weights.values()}
     assert cast == {id(model.get_submodule(name).weight) for name in changed}
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"norm", "rope", "swiglu"}),
+        ({"qk_layernorm": True}, {"norm", "rope", "swiglu"}),
+        ({"qk_layernorm": True, "normalization": "LayerNorm"}, {"swiglu"}),
+        ({"normalization": "LayerNorm"}, {"rope", "swiglu"}),
+        ({"qk_layernorm": True, "rotary_percent": 0.5}, {"norm", "swiglu"}),
+        ({"swiglu": False}, {"norm", "rope"}),
+    ],
+    ids=str,
+)
+def test_what_there_are_kernels_for(changes, expected):
+    assert build_decoder(shape(**changes), dtype=torch.float32, device=torch.device("meta")).fusible == expected

@@ -89,8 +89,10 @@ def test_other_shapes(shape, num_parts):
     assert_same(found, run_ragged(random_engine(SHAPES[shape]), rows), 1e-10)
 
 
-def test_kernels_one_by_one_make_a_graph_each(tmp_path):
-    folder = make_tiny_model(tmp_path, family="llama", layers=3, **SMALL)
+@pytest.mark.parametrize("family", ["llama", slow("qwen3")])
+def test_kernels_one_by_one_make_a_graph_each(tmp_path, family):
+    """The norms of Qwen3's heads are in the graph of the rotation."""
+    folder = make_tiny_model(tmp_path, family=family, layers=3, **SMALL)
     counter = CompileCounterWithBackend("aot_eager")
     options = {"dropout": Dropout(hidden=0.1, seed=3)}  # other zeros in each step, so no part of a graph
     engine = make_engine(folder, torch.float64, compile=Compile("true", counter), **options)

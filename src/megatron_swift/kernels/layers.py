@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_swift.kernels.triton_runs import why_no_triton
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+SplitRotate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -69,9 +73,8 @@ def no_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [T, groups, n + 2, d]: each group's n query heads, its key, its value -> q [T, groups * n, d], k, v [T, groups, d]."""
-    tokens, _, rows, dim = qkv.shape
-    q, k, v = qkv.split((rows - 2, 1, 1), dim=2)
-    return q.reshape(tokens, -1, dim), k.squeeze(2), v.squeeze(2)
+    q, k, v = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
+    return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
 
 
 def split_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,12 +83,35 @@ def split_rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor,
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
+def split_norm_rotate(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, epsilon: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_qkv`, with each head of q and of k normalised over its dims by `rms_norm`, then rotated. q_weight, k_weight [d]."""
+    return _split_norm_rotate(rms_norm, qkv, q_weight, k_weight, epsilon, cos, sin)
+
+
+def _split_norm_rotate(
+    norm: Norm, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, epsilon: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = split_qkv(qkv)
+    return rotate(norm(q, q_weight, epsilon), cos, sin), rotate(norm(k, k_weight, epsilon), cos, sin), v
+
+
+def _norm_split_rotate(
+    split: SplitRotate, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, epsilon: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_norm_rotate` by a fused cut and rotation, for which the normalised heads are put together again."""
+    q, k, v = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
+    heads = torch.cat((rms_norm(q, q_weight, epsilon), rms_norm(k, k_weight, epsilon), v), dim=2)
+    return split(heads, cos, sin)
+
+
 @dataclass(frozen=True)
 class LayerKernels:
     """The forms in use; each behaves as the plain function of its name, linear(x, weight, bias) as torch's."""
 
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
-    norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    norm: Norm = rms_norm
     norm_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = norm_linear
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_norm
     add_norm_linear: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]] = (
@@ -93,7 +119,10 @@ class LayerKernels:
     )
     swiglu: Callable[[Tensor], Tensor] = swiglu
     swiglu_linear: Callable[[Tensor, Tensor], Tensor] = swiglu_linear
-    split_rotate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = split_rotate
+    split_rotate: SplitRotate = split_rotate
+    split_norm_rotate: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = (
+        split_norm_rotate
+    )
 
 
 PLAIN = LayerKernels()
@@ -137,6 +166,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _triton_kernels(unfused: Collection[str], *, recomputed: bool) -> LayerKernels:
     from megatron_swift.kernels.fused import norm
+    from megatron_swift.kernels.fused.norm_rope import fused_split_norm_rotate
     from megatron_swift.kernels.fused.rope import fused_split_rotate
     from megatron_swift.kernels.fused.swiglu import fused_swiglu, fused_swiglu_linear
 
@@ -148,9 +178,11 @@ def _triton_kernels(unfused: Collection[str], *, recomputed: bool) -> LayerKerne
             norm_linear=norm.fused_norm_linear,
             add_norm=norm.fused_add_norm,
             add_norm_linear=norm.fused_add_norm_linear,
+            split_norm_rotate=partial(_split_norm_rotate, norm.fused_norm),
         )
     if "rope" not in unfused:
-        kernels = dataclasses.replace(kernels, split_rotate=fused_split_rotate)
+        at_once = fused_split_norm_rotate if "norm" not in unfused else partial(_norm_split_rotate, fused_split_rotate)
+        kernels = dataclasses.replace(kernels, split_rotate=fused_split_rotate, split_norm_rotate=at_once)
     if "swiglu" not in unfused:
         after = (lambda x, weight: F.linear(fused_swiglu(x), weight)) if recomputed else fused_swiglu_linear
         kernels = dataclasses.replace(kernels, swiglu=fused_swiglu, swiglu_linear=after)

@@ -237,8 +237,9 @@ class Decoder(nn.Module):
     def fusible(self) -> set[str]:
         """What of this model has the form that `kernels.layers` has kernels for, under its names."""
         cfg = self.cfg
-        whole = choose_turn(cfg) is rotate and not cfg.qk_layernorm
-        there = {"norm": cfg.normalization == "RMSNorm", "rope": whole, "swiglu": cfg.swiglu}
+        rms = cfg.normalization == "RMSNorm"
+        whole = choose_turn(cfg) is rotate and (rms or not cfg.qk_layernorm)
+        there = {"norm": rms, "rope": whole, "swiglu": cfg.swiglu}
         return {name for name, is_there in there.items() if is_there}
 
     @property

@@ -220,11 +220,15 @@ class Attention(nn.Module):
         x, qkv = self.linear_qkv.after_add(x, added)
         # Rows are ordered by query group: its query heads, then its key, then its value.
         grouped = qkv.view(qkv.shape[0], -1, self.heads_per_group + 2, self.head_dim)
-        if self.q_layernorm is None and self.turn is rotate:
+        q_norm, k_norm = self.q_layernorm, self.k_layernorm
+        if self.turn is rotate and q_norm is None:
             return x, *self.kernels.split_rotate(grouped, cos, sin)
+        if self.turn is rotate and isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+            weights = (q_norm.weight, k_norm.weight)
+            return x, *self.kernels.split_norm_rotate(grouped, *weights, q_norm.epsilon, cos, sin)
         q, k, v = split_qkv(grouped)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if q_norm is not None and k_norm is not None:
+            q, k = q_norm(q), k_norm(k)
         return x, self.turn(q, cos, sin), self.turn(k, cos, sin), v
 
 

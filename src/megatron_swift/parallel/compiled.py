@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_swift.kernels.attention import Segments
-from megatron_swift.kernels.layers import NAMES, PLAIN, LayerKernels, add_norm, rms_norm, split_rotate, swiglu
+from megatron_swift.kernels.layers import (
+    NAMES,
+    PLAIN,
+    LayerKernels,
+    add_norm,
+    rms_norm,
+    split_norm_rotate,
+    split_rotate,
+    swiglu,
+)
 from megatron_swift.kernels.triton_runs import why_no_triton
 from megatron_swift.models.decoder import Decoder, LayerForm, Rotation, TransformerLayer
 from megatron_swift.models.layers import MLP, Attention, LayerNorm, Linear, NormLinear, RMSNorm
@@ -234,6 +243,7 @@ def _kernels(options: Compile, *, forgets_norms: bool) -> LayerKernels:
         swiglu=activation,
         swiglu_linear=lambda gate_up, weight: F.linear(activation(gate_up), weight),
         split_rotate=rows(split_rotate, still=2),
+        split_norm_rotate=rows(split_norm_rotate, still=2),
     )
 
 
