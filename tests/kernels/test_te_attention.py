@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +132,39 @@ def test_its_slow_form_is_off_unless_asked_for(install, monkeypatch, before, aft
     if before:
         monkeypatch.setenv("NVTE_UNFUSED_ATTN", before)
     assert load()[1] == "2.20.2" and os.environ["NVTE_UNFUSED_ATTN"] == after
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads which libraries Linux has loaded")
+@pytest.mark.parametrize("named", [None, "/theirs"])
+def test_cudnn_is_taken_from_where_torch_has_it(install, tmp_path, monkeypatch, named):
+    """All its libraries, and before Transformer Engine loads; not where the user names a folder."""
+    monkeypatch.setenv("CUDNN_HOME", named or "")  # restores it afterwards
+    if named is None:
+        monkeypatch.delenv("CUDNN_HOME")
+    folder = tmp_path / "nvidia" / "cudnn" / "lib"
+    folder.mkdir(parents=True)
+    for name in ("libcudnn.so.9", "libcudnn_graph.so.9"):  # any library does: its name is what counts
+        shutil.copy(importlib.import_module("_ctypes").__file__, folder / name)
+    monkeypatch.setattr(te_attention, "_cudnn_of_pip", lambda: folder)
+    install("import os\nDotProductAttention = os.environ.get('CUDNN_HOME'), open('/proc/self/maps').read()\n")
+    (home, maps), _ = load()
+    assert home == (named or str(folder))
+    for name in ("libcudnn.so.9", "libcudnn_graph.so.9"):
+        assert (str(folder / name) in maps) == (named is None)
+
+
+def test_where_pip_put_cudnn(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in [name for name in sys.modules if name.split(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    assert te_attention._cudnn_of_pip() is None
+    folder = tmp_path / "nvidia" / "cudnn" / "lib"
+    folder.mkdir(parents=True)
+    importlib.invalidate_caches()
+    assert te_attention._cudnn_of_pip() == folder
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.delitem(sys.modules, "nvidia.cudnn", raising=False)
 
 
 def choose(wish, device=CUDA, dtype=torch.bfloat16, backend="auto", **options):

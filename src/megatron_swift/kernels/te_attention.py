@@ -5,9 +5,11 @@ What is used of its interface was read in the Python sources of transformer_engi
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,6 +121,8 @@ def load() -> tuple[Any, str]:
         return None, "it is not installed"
     os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     try:
+        if (folder := _cudnn_of_pip()) is not None:
+            keep_to_one_cudnn(folder)
         # Not the package alone, which goes on without PyTorch's part where that fails.
         dot_product = importlib.import_module("transformer_engine.pytorch").DotProductAttention
     except (
@@ -129,6 +133,31 @@ def load() -> tuple[Any, str]:
     ) as error:  # no library, another CUDA, an old cuDNN, parts of two versions
         return None, f"it does not load ({_in_a_line(error)})"
     return dot_product, str(importlib.import_module("transformer_engine").__version__)
+
+
+def keep_to_one_cudnn(folder: Path) -> None:
+    """Have Transformer Engine take cuDNN's libraries from this folder, unless the user names one in CUDNN_HOME. OSError: one does not load.
+
+    By itself it looks for a copy of the system's first, and the linker finds the parts that torch has not loaded yet there, too. Parts of two
+    versions then mix: measured on a machine with an older copy, cuDNN's attention was given up without a word.
+    """
+    if "CUDNN_HOME" in os.environ:
+        return
+    os.environ["CUDNN_HOME"] = str(folder)
+    # Those first that others ask for by name alone, which LD_LIBRARY_PATH would answer before the folder.
+    needed = ("libcudnn_graph.", "libcudnn_ops.")
+    for library in sorted(
+        folder.glob("libcudnn*.so.*"), key=lambda path: (not path.name.startswith(needed), path.name)
+    ):
+        ctypes.CDLL(str(library))
+
+
+def _cudnn_of_pip() -> Path | None:
+    """Where pip put cuDNN's libraries for torch; None where torch brought its own or takes the system's."""
+    if importlib.util.find_spec("nvidia") is None or (found := importlib.util.find_spec("nvidia.cudnn")) is None:
+        return None
+    folders = [Path(place, "lib") for place in found.submodule_search_locations or ()]
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def why_refused(
