@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace, data: dict[str, Path]) -> dict[str, A
         "model": arguments.model,
         **data,
         "max_length": 512,
-        "micro_batch_size": 4,
+        "micro_batch_size": 16,
         "global_batch_size": 16,
         "train_iters": arguments.steps,
         "lr": arguments.lr,
@@ -83,6 +83,8 @@ def measure(arguments: argparse.Namespace, data: dict[str, Path]) -> dict[str, A
                 losses, validation = train(Path(temporary), common | flags | {"data_seed": 42 + seed})
             found.setdefault(name, []).append({"losses": losses.tolist(), "validation": validation})
             print(name, seed, "validation", round(validation, 4), "last losses", losses[-3:].tolist(), flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
 
 
@@ -104,7 +106,7 @@ def report(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Train each way, print what lies between, and perhaps keep the figures."""
+    """Train each way, print what lies between, keeping the figures as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--recipes", nargs="+", default=["tensorwise", "rowwise"])
@@ -116,8 +118,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         found = measure(arguments, cut(Path(temporary)))
     print("\n".join(report(found)), flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megatron_swift.kernels.accumulate import accumulate
 from megatron_swift.parallel.mesh import Axis, Mesh
 from megatron_swift.parallel.tensor import Placement
+
+_SMALL = 2**14  # values of a parameter whose gradients are added up together with those of others
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Shard:
     param  : the module's parameter that they stand for.
     boxes  : where its rows lie in the whole; rows in no box are padding.
     narrow : the gradient while it is in the parameter's 16-bit type: of a single micro-batch, complete on this rank; master.grad is None then.
+    waiting: of a small parameter, the 16-bit gradients of this step's micro-batches until `Shards.pull`.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Shard:
     boxes: tuple[Box, ...]
     partials: tuple[_Partial, ...]
     narrow: Tensor | None = None
+    waiting: list[Tensor] = field(default_factory=list)
 
     @property
     def grad(self) -> Tensor | None:
@@ -96,6 +100,7 @@ class Shards:
         self.mesh, self.master_dtype, self.tied, self.ends = mesh, master_dtype, tied, ends
         self.kv_replicas, self.replicas = kv_replicas, replicas
         self.shapes, self.place = shapes, place
+        self._narrow: set[str] = set()  # whose gradient may stay in 16 bits
         self.by_name = {name: self._shard(name, param) for chunk in chunks for name, param in chunk.named_parameters()}
 
     def __iter__(self) -> Iterator[Shard]:
@@ -113,6 +118,8 @@ class Shards:
         # float16 gradients still carry the loss scale, which only float32 divides out safely; sums over ranks are taken in float32 too.
         alone = self.replicas(name).size == 1 and not shard.partials and (name != self.tied or self.ends.size == 1)
         narrow = alone and param.dtype == torch.bfloat16
+        if narrow:
+            self._narrow.add(name)
         param.register_post_accumulate_grad_hook(lambda p: _accumulate(shard, p, narrow=narrow))
         return shard
 
@@ -139,9 +146,25 @@ class Shards:
                 assert grad is not None, f"{shard.name} got no gradient"
                 shard.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
                 shard.param.grad = None
+        for count in {len(shard.waiting) for shard in self} - {0}:
+            self._add_up([shard for shard in self if len(shard.waiting) == count])
         self._finish()
         if factor != 1.0:
             torch._foreach_mul_(self._grads(), factor)
+
+    def _add_up(self, shards: list[Shard]) -> None:
+        """What waits in these shards, as many gradients in each, added up: for all parameters at once, as each launch costs more than the sum."""
+        total: Tensor | None = None
+        if len(shards[0].waiting) > 1 or any(s.name not in self._narrow for s in shards):
+            for grads in zip(*(s.waiting for s in shards), strict=True):
+                flat = torch.cat([grad.reshape(-1) for grad in grads])
+                total = flat.to(self.master_dtype) if total is None else accumulate(total, flat, self.master_dtype)
+        parts = [None] * len(shards) if total is None else total.split([s.master.numel() for s in shards])
+        for shard, part in zip(shards, parts, strict=True):
+            shard.narrow, shard.master.grad = (
+                (shard.waiting[0], None) if part is None else (None, part.view_as(shard.master))
+            )
+            shard.waiting.clear()
 
     def _grads(self) -> list[Tensor]:
         return [g for s in self if (g := s.grad) is not None]
@@ -174,6 +197,7 @@ class Shards:
         """Free this step's gradients."""
         for shard in self:
             shard.master.grad = shard.narrow = None
+            shard.waiting.clear()
 
     def grad_norm(self) -> Tensor:
         """The L2 norm of the whole model's gradient, each value counted once, summed in float64: 0-dim, on the device."""
@@ -231,7 +255,9 @@ def _accumulate(shard: Shard, param: Tensor, *, narrow: bool) -> None:
     assert grad is not None
     param.grad = None
     before = shard.grad
-    if before is not None:
+    if master.numel() <= _SMALL:
+        shard.waiting.append(grad)
+    elif before is not None:
         master.grad, shard.narrow = accumulate(before, grad, master.dtype), None
     elif narrow:
         shard.narrow = grad
