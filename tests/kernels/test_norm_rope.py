@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_fused import DEVICE, INTERPRETED, both_types, check, needs_triton, values
+from test_fused import DEVICE, INTERPRETED, TOLERANCE, both_types, check, needs_triton, values
 
 from megatron_swift.kernels import layers
 from megatron_swift.kernels.attention import Segments
@@ -50,7 +50,9 @@ def test_split_norm_rotate(dtype, sizes):
     from megatron_swift.kernels.fused.norm_rope import fused_split_norm_rotate
 
     cos, sin = (x.to(dtype).double() for x in angles(sizes[0], sizes[-1]))
-    check(by(layers.split_norm_rotate, cos, sin), by(fused_split_norm_rotate, cos, sin), tensors(*sizes), dtype)
+    # A weight's gradient of twelve rounded rows, rounded itself, was seen at 6.1e-3 on an H100.
+    bound = max(TOLERANCE[dtype], 8e-3) if dtype is torch.bfloat16 else TOLERANCE[dtype]
+    check(by(layers.split_norm_rotate, cos, sin), by(fused_split_norm_rotate, cos, sin), tensors(*sizes), dtype, bound)
 
 
 @needs_triton

@@ -226,7 +226,7 @@ def test_the_real_package(heads, groups, dim):
     lengths, found = (700, 1, 30, 293), []
     values = torch.randn(1024, heads + 2 * groups, dim, generator=torch.Generator().manual_seed(0)).bfloat16().to(CUDA)
     for form, dtype in ((choice.core, torch.bfloat16), (plain_attention, torch.float64)):
-        leaf = values.to(dtype).requires_grad_()
+        leaf = values.detach().to(dtype).requires_grad_()
         out = form(*leaf.split((heads, groups, groups), 1), Segments.of(lengths, CUDA))
         out.backward(torch.cos(torch.arange(out.numel(), device=CUDA)).view(out.shape).to(dtype))
         found.append((out.detach().double(), leaf.grad.double()))
