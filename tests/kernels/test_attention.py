@@ -166,10 +166,10 @@ def test_what_auto_takes_on_hopper(monkeypatch, missing, core):
     ("lengths", "dim", "deterministic", "kernel"),
     [
         ((256, 256), 128, False, "dense_attention"),
-        ((300, 17), 128, False, "ragged_attention"),
-        ((300, 17), 96, False, "flash_attention"),
-        ((300, 17), 128, True, "flash_attention"),
-        ((255, 17), 128, False, "flash_attention"),
+        ((1024, 17), 128, False, "ragged_attention"),
+        ((1024, 17), 96, False, "flash_attention"),
+        ((1024, 17), 128, True, "flash_attention"),
+        ((1023, 17), 128, False, "flash_attention"),
     ],
 )
 def test_which_rows_cudnn_gets(monkeypatch, lengths, dim, deterministic, kernel):

@@ -174,11 +174,25 @@ def choose(wish, device=CUDA, dtype=torch.bfloat16, backend="auto", **options):
 def test_where_it_runs_it_is_taken(install, monkeypatch):
     install()
     monkeypatch.setattr(te_attention, "why_refused", lambda core, device, dtype, **shape: "")  # there is no GPU
-    for wish in ("where it runs", "required"):
-        choice = choose(wish)
-        assert isinstance(choice.core, TransformerEngineAttention) and choice.reason == "Transformer Engine 2.20.2"
+    choice, own = choose("required"), choose("never")
+    assert isinstance(choice.core, TransformerEngineAttention) and choice.reason == "Transformer Engine 2.20.2"
+    choice = choose("where it runs")
+    assert choice.reason.startswith(
+        "Transformer Engine 2.20.2 for ragged rows with a segment of 1024 tokens or more, for others "
+    )
+    assert isinstance(choice.core.engine, TransformerEngineAttention) and choice.core.own is own.core
+    assert choice.reason.endswith(own.reason)
     assert not isinstance(choose("never").core, TransformerEngineAttention)
     assert "Engine" not in choose("never").reason
+
+
+@pytest.mark.parametrize(
+    ("lengths", "taken"), [((1024, 7), "engine"), ((1023, 7), "own"), ((2048, 2048), "own"), ((2048,), "own")]
+)
+def test_which_rows_it_gets_by_itself(lengths, taken):
+    q = torch.empty(sum(lengths), 2, 128)
+    core = te_attention.ForLongRaggedRows(lambda *_: "engine", lambda *_: "own")
+    assert core(q, q, q, Segments.of(lengths, torch.device("cpu"))) == taken
 
 
 def test_a_layout_with_kernels_of_its_own_is_not_refused(install):

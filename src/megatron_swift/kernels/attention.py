@@ -21,8 +21,8 @@ from megatron_swift.kernels.varlen_flash import CausalFlash
 # Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and the segments of packed rows all differ.
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-# The longest segment from which cuDNN's ragged form is ahead of FlashAttention's: docs/speed.md has both.
-_LONG = 256
+# The longest segment of a ragged row from which cuDNN's kernel is worth what its start costs the host: docs/speed.md.
+LONG = 1024
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
     """cuDNN wherever it is ahead: a dense batch, or a ragged row that is not of short segments only; `flash_attention` otherwise."""
     if is_even(segments.lengths):
         return dense_attention(q, k, v, segments.lengths)
-    if segments.longest >= _LONG and takes(q) and not torch.are_deterministic_algorithms_enabled():
+    if segments.longest >= LONG and takes(q) and not torch.are_deterministic_algorithms_enabled():
         return ragged_attention(q, k, v, ends=segments.cumulative, longest=segments.longest)
     return flash_attention(q, k, v, segments)
 
@@ -132,7 +132,9 @@ def choose_attention(
                 f"cuDNN where all segments of a row are of one length, else torch varlen FlashAttention ({missing})"
             )
             return AttentionChoice(even_or_flash_attention, reason)
-        return AttentionChoice(cudnn_attention, "cuDNN; torch varlen FlashAttention for rows of short segments only")
+        return AttentionChoice(
+            cudnn_attention, f"cuDNN; torch varlen FlashAttention for ragged rows without a segment of {LONG} tokens"
+        )
     if backend in ("auto", "flash") and flash_fits:
         return AttentionChoice(flash_attention, "torch varlen FlashAttention")
     return AttentionChoice(plain_attention, "torch scaled_dot_product_attention, segment by segment")

@@ -9,13 +9,15 @@ import ctypes
 import importlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_swift.kernels.attention import AttentionChoice, Segments, choose_attention
+from megatron_swift.kernels.attention import LONG, AttentionChoice, AttentionCore, Segments, choose_attention
+from megatron_swift.kernels.dense_attention import is_even
 
 NAME = "Transformer Engine"
 
@@ -54,6 +56,19 @@ class TransformerEngineAttention:
         return self._modules[key]
 
 
+@dataclass(frozen=True)
+class ForLongRaggedRows:
+    """An attention core: `engine` for ragged rows with a segment of LONG tokens or more, `own` for all others, where it was measured ahead."""
+
+    engine: AttentionCore
+    own: AttentionCore
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """q [T, heads, d], k and v [T, groups, d] -> [T, heads, d]."""
+        ragged = segments.longest >= LONG and not is_even(segments.lengths)
+        return (self.engine if ragged else self.own)(q, k, v, segments)
+
+
 def _at_its_start(x: Tensor) -> Tensor:
     """x, contiguous and at the start of its memory: it guesses by addresses how q, k and v lie to each other, and refuses most views."""
     if x.is_contiguous() and not x.storage_offset():
@@ -75,21 +90,25 @@ def choose_core(
 ) -> AttentionChoice:
     """Transformer Engine's attention or that of `choose_attention`, and the sentence about it.
 
-    wish           : "never", "where it runs" or "required"; see args.transformer_engine.
+    wish           : "never", "where it runs" (and is ahead) or "required" (for every row); see args.transformer_engine.
     heads, groups  : query heads and key/value heads of this rank, of head_dim dims.
     without        : why this layout takes a kernel of its own, even where Transformer Engine is required; "" where it does not.
     Raises ValueError for what is required and cannot run.
     """
+    core = None
     if wish != "never" and not without:
         core, why = _try(device, dtype, heads=heads, groups=groups, head_dim=head_dim)
-        if core is not None:
-            return AttentionChoice(core, f"{NAME} {why}")
         if wish == "required":
-            raise ValueError(f"{NAME}: {why}")
+            if core is None:
+                raise ValueError(f"{NAME}: {why}")
+            return AttentionChoice(core, f"{NAME} {why}")
         without = why
     own = choose_attention(backend, device=device, dtype=dtype, head_dim=head_dim, softmax_in_fp32=softmax_in_fp32)
     if wish == "never":
         return own
+    if core is not None:
+        reason = f"{NAME} {why} for ragged rows with a segment of {LONG} tokens or more, for others {own.reason}"
+        return AttentionChoice(ForLongRaggedRows(core, own.core), reason, own.keeps_weights)
     return AttentionChoice(own.core, f"{own.reason}; not {NAME}: {without}", own.keeps_weights)
 
 
