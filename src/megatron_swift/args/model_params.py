@@ -154,8 +154,8 @@ class ModelShapeParams(Arguments):
     transformer_impl: Literal["local", "transformer_engine"] = param(
         "transformer_engine",
         "Kernels of the layers. transformer_engine = the attention of NVIDIA's Transformer Engine where that is installed and can run: by default "
-        "the fastest other kernel where not, typed as a flag an error; an attention_backend other than auto goes before it. local = without it. "
-        "All other kernels are our own in both.",
+        "for ragged rows with a long segment, where it was measured ahead; typed as a flag for all rows, an error where it cannot; an "
+        "attention_backend other than auto goes before it. local = without it. All other kernels are our own in both.",
     )
     padded_vocab_size: int | None = param(
         None,
