@@ -194,20 +194,20 @@ def test_manual_garbage_collection(monkeypatch):
     collected: list[int | None] = []
     monkeypatch.setattr(gc, "collect", lambda generation=None: collected.append(generation))
     Run(monkeypatch, "." * 6)(manual_gc=True, manual_gc_interval=2, evaluates=False)
-    assert collected == [None] * 5 and gc.isenabled()
+    assert collected == [None] * 4 and gc.isenabled()
 
 
 def test_what_is_made_until_the_first_step_is_not_looked_through_again(monkeypatch):
-    """From the second step on, until the loop ends; not where the program has set something apart itself, as ranks of tests have."""
-    for ours in (True, False):
-        run = Run(monkeypatch, "." * 3)
-        monkeypatch.setattr(gc, "get_freeze_count", lambda ours=ours: 0 if ours else 5)
+    """From the second step on, until the loop ends; not in short runs, nor where the program has set something apart itself, as tests' ranks."""
+    for steps, there, ours in ((3, 0, True), (3, 5, False), (2, 0, False)):
+        run = Run(monkeypatch, "." * steps)
+        monkeypatch.setattr(loop, "WORTH_SETTING_APART", 2)
+        monkeypatch.setattr(gc, "get_freeze_count", lambda there=there: there)
         for name in ("freeze", "unfreeze"):
             monkeypatch.setattr(gc, name, lambda name=name, run=run: run.events.append((name,)))
         run(evaluates=False)
-        where = [n for n, event in enumerate(run.events) if event[0] in ("step", "freeze", "unfreeze")]
-        names = [run.events[n][0] for n in where]
-        assert names == (["step", "freeze", "step", "step", "unfreeze"] if ours else ["step"] * 3)
+        names = [event[0] for event in run.events if event[0] in ("step", "freeze", "unfreeze")]
+        assert names == (["step", "freeze", "step", "step", "unfreeze"] if ours else ["step"] * steps)
 
 
 def test_a_real_model_whose_weights_are_not_finite(tmp_path, log):

@@ -19,6 +19,7 @@ from megatron_swift.train.step import StepReport, train_step
 from megatron_swift.utils.errors import NonFiniteError
 from megatron_swift.utils.log import get_logger
 
+WORTH_SETTING_APART = 20  # steps to come: fewer are over before Python looks through all its objects
 MAX_BAD_STEPS = 3  # steps in a row whose gradient may be non-finite before the run stops
 
 
@@ -67,7 +68,8 @@ def train(
     Raises NonFiniteError when the gradient is not finite for more than MAX_BAD_STEPS steps in a row.
     """
     bad, stop = 0, ""
-    with _garbage(manual=options.manual_gc) as set_apart:
+    many = options.train_iters - state.iteration > WORTH_SETTING_APART
+    with _garbage(manual=options.manual_gc, set_apart=many) as after_step:
         for batches in steps:
             lr = schedule.at(state.iteration - state.skipped)
             report = train_step(
@@ -79,7 +81,7 @@ def train(
                 loss_scale=loss_scale,
                 iteration=state.iteration,
             )
-            set_apart()
+            after_step()
             state.iteration += 1
             state.consumed_samples += options.global_batch_size
             state.skipped += report.skipped
@@ -97,28 +99,28 @@ def train(
 
 
 @contextmanager
-def _garbage(*, manual: bool) -> Iterator[Callable[[], None]]:
+def _garbage(*, manual: bool, set_apart: bool) -> Iterator[Callable[[], None]]:
     """How Python collects garbage meanwhile. What it gives is to be called after each step.
 
-    All that is there after the first step stays to the end. To look through it takes tenths of a second, in which nothing is launched: it
-    is set apart, unless the program has done that with something already.
+    set_apart : all that is there after the first step stays to the end, and to look through it takes tenths of a second, in which nothing is
+    launched. So the collector is told to leave it alone, unless the program has done that with something already.
     """
     if manual:
         gc.disable()
         gc.collect()
-    apart = done = gc.get_freeze_count() > 0
+    ours = waiting = set_apart and not gc.get_freeze_count()
 
-    def set_apart() -> None:
-        nonlocal done
-        if not done:
+    def after_step() -> None:
+        nonlocal waiting
+        if waiting:
             gc.collect()
             gc.freeze()
-        done = True
+        waiting = False
 
     try:
-        yield set_apart
+        yield after_step
     finally:
-        if not apart:
+        if ours:
             gc.unfreeze()
         if manual:
             gc.enable()
