@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_rows import DATA
 
 from megatron_swift.cli import main as megatron
 
-DATA = "BENCH_DATA"
 PLAIN: dict[str, dict[str, str]] = {
     "bfloat16": {},
     "bfloat16, another attention": {"attention_backend": "unfused"},

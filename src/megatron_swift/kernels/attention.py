@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_swift.kernels.cudnn_ragged import HEAD_DIMS, ragged_attention, takes, why_no_frontend
 from megatron_swift.kernels.dense_attention import cudnn_is_fastest, dense_attention, flash_takes, is_even
 from megatron_swift.kernels.dropout import Noise
-from megatron_swift.kernels.to_device import to_device
-from megatron_swift.kernels.varlen_flash import CausalFlash
+from megatron_swift.kernels.varlen_flash import CausalFlash, Runs
 
 # Not cuDNN: it builds a plan, which takes milliseconds, for every new length, and the segments of packed rows all differ.
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -41,8 +40,7 @@ class Segments:
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device) -> Segments:
         """Segments of these lengths, on `device`."""
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Segments(tuple(lengths), to_device(ends, device), max(lengths))
+        return Segments(tuple(lengths), *Runs.of(lengths, device))
 
 
 # core(q [T, heads, d], k and v [T, groups, d], segments) -> [T, heads, d]

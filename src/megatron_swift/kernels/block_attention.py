@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from megatron_swift.kernels.dense_attention import flash_takes
-from megatron_swift.kernels.to_device import to_device
 from megatron_swift.kernels.varlen_flash import Runs, flash_backward, flash_forward
 
 _aten = torch.ops.aten
@@ -101,13 +100,9 @@ def _scale(q: Tensor) -> float:
     return 1.0 / math.sqrt(q.shape[-1])
 
 
-def _runs(blocks: Blocks, device: torch.device) -> list[Runs]:
+def _runs(blocks: Blocks, device: torch.device) -> tuple[Runs, Runs]:
     """Of the queries and of the keys."""
-    found = []
-    for lengths in (blocks.queries, blocks.keys):
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        found.append(Runs(to_device(ends, device), max(lengths)))
-    return found
+    return Runs.of(blocks.queries, device), Runs.of(blocks.keys, device)
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -6,10 +6,13 @@ kernels, and from some version on it takes grouped heads only with an argument t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_swift.kernels.to_device import to_device
 
 _aten = torch.ops.aten
 
@@ -19,6 +22,12 @@ class Runs(NamedTuple):
 
     ends: Tensor
     longest: int
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device) -> Runs:
+        """Runs of these lengths, on `device`."""
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Runs(to_device(ends, device), max(lengths))
 
 
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, queries: Runs, keys: Runs, *, causal: bool) -> tuple[Tensor, Tensor]:

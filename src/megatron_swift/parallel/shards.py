@@ -50,6 +50,7 @@ class Shard:
     boxes  : where its rows lie in the whole; rows in no box are padding.
     narrow : the gradient while it is in the parameter's 16-bit type: of a single micro-batch, complete on this rank; master.grad is None then.
     waiting: of a small parameter, the 16-bit gradients of this step's micro-batches until `Shards.pull`.
+    stays_narrow : whether the gradient of a single micro-batch is kept in its 16-bit type.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Shard:
     partials: tuple[_Partial, ...]
     narrow: Tensor | None = None
     waiting: list[Tensor] = field(default_factory=list)
+    stays_narrow: bool = False
 
     @property
     def grad(self) -> Tensor | None:
@@ -100,7 +102,6 @@ class Shards:
         self.mesh, self.master_dtype, self.tied, self.ends = mesh, master_dtype, tied, ends
         self.kv_replicas, self.replicas = kv_replicas, replicas
         self.shapes, self.place = shapes, place
-        self._narrow: set[str] = set()  # whose gradient may stay in 16 bits
         self.by_name = {name: self._shard(name, param) for chunk in chunks for name, param in chunk.named_parameters()}
 
     def __iter__(self) -> Iterator[Shard]:
@@ -117,10 +118,8 @@ class Shards:
         shard = self._located(name, nn.Parameter(param.detach().to(self.master_dtype)), param, 0, owned)
         # float16 gradients still carry the loss scale, which only float32 divides out safely; sums over ranks are taken in float32 too.
         alone = self.replicas(name).size == 1 and not shard.partials and (name != self.tied or self.ends.size == 1)
-        narrow = alone and param.dtype == torch.bfloat16
-        if narrow:
-            self._narrow.add(name)
-        param.register_post_accumulate_grad_hook(lambda p: _accumulate(shard, p, narrow=narrow))
+        shard.stays_narrow = alone and param.dtype == torch.bfloat16
+        param.register_post_accumulate_grad_hook(lambda p: _accumulate(shard, p))
         return shard
 
     def _located(self, name: str, master: nn.Parameter, param: nn.Parameter, first: int, owned: bool) -> Shard:
@@ -155,7 +154,7 @@ class Shards:
     def _add_up(self, shards: list[Shard]) -> None:
         """What waits in these shards, as many gradients in each, added up: for all parameters at once, as each launch costs more than the sum."""
         total: Tensor | None = None
-        if len(shards[0].waiting) > 1 or any(s.name not in self._narrow for s in shards):
+        if len(shards[0].waiting) > 1 or not all(s.stays_narrow for s in shards):
             for grads in zip(*(s.waiting for s in shards), strict=True):
                 flat = torch.cat([grad.reshape(-1) for grad in grads])
                 total = flat.to(self.master_dtype) if total is None else accumulate(total, flat, self.master_dtype)
@@ -246,10 +245,10 @@ def _norms(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).reshape(-1) for part in parts]
 
 
-def _accumulate(shard: Shard, param: Tensor, *, narrow: bool) -> None:
+def _accumulate(shard: Shard, param: Tensor) -> None:
     """Add a 16-bit gradient to the master's: called once per micro-batch, so sums over micro-batches keep full precision.
 
-    narrow : keep a step's first one as it is: without a second one nothing is added.
+    A step's first one is kept as it is where it may stay narrow: without a second one nothing is added.
     """
     master, grad = shard.master, param.grad
     assert grad is not None
@@ -259,7 +258,7 @@ def _accumulate(shard: Shard, param: Tensor, *, narrow: bool) -> None:
         shard.waiting.append(grad)
     elif before is not None:
         master.grad, shard.narrow = accumulate(before, grad, master.dtype), None
-    elif narrow:
+    elif shard.stays_narrow:
         shard.narrow = grad
     else:
         master.grad = grad.to(master.dtype)

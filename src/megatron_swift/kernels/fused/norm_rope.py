@@ -76,6 +76,36 @@ def _copied(source, at, target, at_target, inside, DIM: tl.constexpr):  # type: 
 
 
 @triton.jit
+def _places(  # type: ignore[no-untyped-def]
+    tile,
+    cos,
+    sin,
+    tokens,
+    groups,
+    PER_GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Of a tile: what lies inside, its angles, and where the group's first row, its first query and its key or value are."""
+    column = tl.arange(0, HALF)
+    token = ((tile // groups) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    inside = (token < tokens)[:, None] & (column < DIM // 2)[None, :]
+    at = token[:, None] * DIM + column[None, :]
+    c, s = tl.load(cos + at, inside, 0.0).to(tl.float32), tl.load(sin + at, inside, 0.0).to(tl.float32)
+    # Rows of a group: its query heads, then its key, then its value.
+    row = (token * groups + tile % groups)[:, None] * DIM
+    return (
+        inside,
+        c,
+        s,
+        row * (PER_GROUP + 2) + column[None, :],
+        row * PER_GROUP + column[None, :],
+        row + column[None, :],
+    )
+
+
+@triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     qkv,
     q_weight,
@@ -95,15 +125,7 @@ def _forward(  # type: ignore[no-untyped-def]
 ):
     tile, column = tl.program_id(0), tl.arange(0, HALF)
     at_w = tl.broadcast_to(column[None, :], (TOKENS, HALF))
-    token = ((tile // groups) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    inside = (token < tokens)[:, None] & (column < DIM // 2)[None, :]
-    at = token[:, None] * DIM + column[None, :]
-    c, s = tl.load(cos + at, inside, 0.0).to(tl.float32), tl.load(sin + at, inside, 0.0).to(tl.float32)
-    # Rows of a group: its query heads, then its key, then its value.
-    row = (token * groups + tile % groups)[:, None] * DIM
-    at = row * (PER_GROUP + 2) + column[None, :]
-    at_q = row * PER_GROUP + column[None, :]
-    at_k = row + column[None, :]
+    inside, c, s, at, at_q, at_k = _places(tile, cos, sin, tokens, groups, PER_GROUP, DIM, TOKENS, HALF)
     w1, w2 = _halves(q_weight, at_w, inside, DIM)
     for head in range(PER_GROUP):
         _turned(qkv + head * DIM, at, q + head * DIM, at_q, inside, w1, w2, c, s, epsilon, DIM)
@@ -141,14 +163,7 @@ def _backward(  # type: ignore[no-untyped-def]
     k1 = tl.zeros((TOKENS, HALF), tl.float32)
     k2 = tl.zeros((TOKENS, HALF), tl.float32)
     for tile in range(program, tiles, tl.num_programs(0)):
-        token = ((tile // groups) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-        inside = (token < tokens)[:, None] & (column < DIM // 2)[None, :]
-        at = token[:, None] * DIM + column[None, :]
-        c, s = tl.load(cos + at, inside, 0.0).to(tl.float32), tl.load(sin + at, inside, 0.0).to(tl.float32)
-        row = (token * groups + tile % groups)[:, None] * DIM
-        at = row * (PER_GROUP + 2) + column[None, :]
-        at_q = row * PER_GROUP + column[None, :]
-        at_k = row + column[None, :]
+        inside, c, s, at, at_q, at_k = _places(tile, cos, sin, tokens, groups, PER_GROUP, DIM, TOKENS, HALF)
         w1, w2 = _halves(q_weight, at_w, inside, DIM)
         for head in range(PER_GROUP):
             beyond = head * DIM
