@@ -4,7 +4,9 @@
 
 The model has Qwen2.5-1.5B's shape and random weights, made in a temporary folder. Packs of 8192 tokens, two micro-batches a step, one
 process. The first half of the steps, in which kernels are compiled and caches fill, is left out. Busy: the union of all kernels and copies,
-over the time from the end of one optimizer step to the end of a later one. Prints the share, and which kernels the longest waits stand between.
+over the time from the end of one optimizer step to the end of a later one. Prints the share, of all and step by step, and which kernels the longest
+waits stand between. Beside the trace a process of its own sleeps for 2 ms again and again; where it wakes more than 20 ms late, the whole machine
+stood still, whatever we do ("pauses", in the times of the waits). `--untraced N`: N steps without the trace first, for their times as logged.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import gzip
 import json
 import os
 import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,16 +42,53 @@ def make_model(folder: Path, layers: int) -> Path:
     return folder
 
 
-def traced(flags: list[str], trace: Path) -> list[dict[str, Any]]:
-    """Run `megatron sft` and return what the device did, in order: name, ts and dur in microseconds."""
+WATCH = """
+import sys, time
+at = time.time()
+while True:
+    time.sleep(0.002)
+    now = time.time()
+    if now - at > 0.022:
+        print(at, now, file=sys.stdout, flush=True)
+    at = now
+"""
+
+
+def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], list[tuple[float, float]]]:
+    """Run `megatron sft` and return what the device did, in order, name, ts and dur in microseconds; and when the machine paused."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        code = megatron("megatron", ["sft", *flags])
-    assert code == 0, f"megatron sft ended with {code}"
+    with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True) as watch:
+        with torch.profiler.profile(activities=activities) as profiler:
+            train(flags)
+        watch.terminate()
+        pauses = [tuple(float(t) * 1e6 for t in line.split()) for line in watch.communicate()[0].splitlines()]
     profiler.export_chrome_trace(str(trace))
     with gzip.open(trace, "rt") as file:
-        events = json.load(file)["traceEvents"]
-    return sorted((e for e in events if e.get("cat") in ON_DEVICE), key=lambda e: float(e["ts"]))
+        whole = json.load(file)
+    base = float(whole.get("baseTimeNanoseconds", 0)) / 1000  # the trace counts from here
+    events = sorted((e for e in whole["traceEvents"] if e.get("cat") in ON_DEVICE), key=lambda e: float(e["ts"]))
+    return events, [(start - base, stop - base) for start, stop in pauses]
+
+
+def train(flags: list[str]) -> None:
+    """`megatron sft`."""
+    code = megatron("megatron", ["sft", *flags])
+    assert code == 0, f"megatron sft ended with {code}"
+
+
+def untraced(flags: list[str], run: Path, steps: int) -> dict[str, Any]:
+    """The seconds of a step as logged, over the second half."""
+    train([*flags, "--train_iters", str(steps), "--log_interval", "1", "--save", str(run)])
+    (log,) = run.glob("v*/logging.jsonl")
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    times = [1000 * line["seconds_per_iteration"] for line in lines if "lm loss" in line][steps // 2 :]
+    median = statistics.median(times)
+    return {
+        "steps": len(times),
+        "mean": round(statistics.mean(times), 1),
+        "median": round(median, 1),
+        "longest": sorted(times)[-5:],
+    }
 
 
 def ends_of_steps(events: list[dict[str, Any]]) -> list[int]:
@@ -55,7 +97,21 @@ def ends_of_steps(events: list[dict[str, Any]]) -> list[int]:
     return [a for a, b in zip(updates, [*updates[1:], len(events) + 10**6], strict=True) if b - a > 100]
 
 
-def measure(events: list[dict[str, Any]]) -> dict[str, Any]:
+def by_step(events: list[dict[str, Any]]) -> list[float]:
+    """The share of each step of the second half, from the end of the update before to the end of its own."""
+    ends, shares = ends_of_steps(events), []
+    for first, last in zip(ends[len(ends) // 2 - 1 : -1], ends[len(ends) // 2 :], strict=True):
+        began = at = float(events[first]["ts"]) + float(events[first]["dur"])
+        busy = 0.0
+        for event in events[first + 1 : last + 1]:
+            start, stop = float(event["ts"]), float(event["ts"]) + float(event["dur"])
+            busy += max(stop - max(start, at), 0.0)
+            at = max(at, stop)
+        shares.append(busy / (at - began))
+    return shares
+
+
+def measure(events: list[dict[str, Any]], pauses: list[tuple[float, float]]) -> dict[str, Any]:
     """The share of time in which the device did something, and the longest waits."""
     ends = ends_of_steps(events)
     first, last = ends[len(ends) // 2 - 1], ends[-1]
@@ -64,25 +120,29 @@ def measure(events: list[dict[str, Any]]) -> dict[str, Any]:
     for before, event in zip(events[first:last], events[first + 1 : last + 1], strict=True):
         start, stop = float(event["ts"]), float(event["ts"]) + float(event["dur"])
         if start > at:
-            waits.append((start - at, before["name"][:60], event["name"][:60]))
+            waits.append((start - at, before["name"][:60], event["name"][:60], at))
         busy += max(stop - max(start, at), 0.0)
         at = max(at, stop)
     steps = len(ends) - len(ends) // 2
     waits.sort(reverse=True)
-    long = [wait for wait, _, _ in waits if wait > 20]
+    long = [wait for wait, *_ in waits if wait > 20]
     pairs: dict[str, list[float]] = {}
-    for wait, before, after in waits[: len(long)]:
+    for wait, before, after, _ in waits[: len(long)]:
         pairs.setdefault(f"{before[:40]} -> {after[:40]}", []).append(wait)
+    shares = by_step(events)
     places = sorted(pairs.items(), key=lambda pair: -sum(pair[1]))[:15]
     return {
         "busy": round(busy / (at - began), 4),
+        "busy_by_step": [round(share, 4) for share in sorted(shares)],
+        "steps_of_98_percent": f"{sum(share >= 0.98 for share in shares)} of {len(shares)}",
         "milliseconds_per_step": round((at - began) / 1000 / steps, 2),
         "waits_over_20_us_per_step": round(len(long) / steps, 1),
         "their_milliseconds_per_step": round(sum(long) / 1000 / steps, 2),
-        "other_waits_milliseconds_per_step": round((sum(w for w, _, _ in waits) - sum(long)) / 1000 / steps, 2),
+        "other_waits_milliseconds_per_step": round((sum(w for w, *_ in waits) - sum(long)) / 1000 / steps, 2),
         "kernels_per_step": round((last - first) / steps),
         "places": {where: [len(found), round(sum(found))] for where, found in places},
-        "longest": [(round(wait), before, after) for wait, before, after in waits[:12]],
+        "longest": [(round(wait), before, after, round(when)) for wait, before, after, when in waits[:12]],
+        "pauses": [(round(start), round(stop - start)) for start, stop in pauses if began < stop and start < at],
     }
 
 
@@ -91,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--untraced", type=int, default=0, metavar="STEPS")
     parser.add_argument("--out", type=Path)
     arguments, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -110,7 +171,8 @@ def main() -> None:
             "lr": 1e-5,
         }
         typed = [part for name, value in run.items() for part in (f"--{name}", str(value))]
-        result = measure(traced([*typed, *flags], folder / "trace.json.gz"))
+        plain = untraced([*typed, *flags], folder / "untraced", arguments.untraced) if arguments.untraced else {}
+        result = {"untraced": plain} | measure(*traced([*typed, *flags], folder / "trace.json.gz"))
     print(json.dumps(result, indent=1))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

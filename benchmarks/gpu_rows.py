@@ -16,7 +16,6 @@ from megatron_swift.data.tokenizer import Tokenizer
 from megatron_swift.data.types import Batch, Message, Sample
 
 DATA, TOKENIZER = "BENCH_DATA", "BENCH_TOKENIZER"  # environment: alpaca's json, and a folder with tokenizer.json
-TEXT = "BENCH_TEXT"  # files of plain text, parted as PATH's folders are
 
 
 def alpaca_samples() -> list[Sample]:
@@ -61,16 +60,3 @@ def padded_batches(*, rows: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarra
             tokens[row, :number], mask[row, :number], labels[row, :number] = sample.ids, 1, sample.labels
         batches.append((tokens, mask, labels))
     return batches
-
-
-def text_batches(*, length: int, rows: int) -> list[Batch]:
-    """Every token of the text files once: `rows` segments of `length` tokens a batch, in an order drawn from seed 0."""
-    tokenizer = Tokenizer.load(Path(os.environ[TOKENIZER]))
-    files = [Path(name).read_text(encoding="utf-8") for name in os.environ[TEXT].split(os.pathsep)]
-    ids = np.concatenate([np.asarray(tokenizer.encode(text), np.int32) for text in files])
-    segments = ids[: len(ids) // length * length].reshape(-1, length)
-    segments = segments[np.random.default_rng(0).permutation(len(segments))]
-    return [
-        collate([Sample(one, one) for one in segments[i : i + rows]], pad_to_multiple=1, pad_id=0, rows=())
-        for i in range(0, len(segments) - rows + 1, rows)
-    ]

@@ -270,7 +270,7 @@ def test_what_stays_torchs_own(monkeypatch):
     kernels, said = layers.choose_layer_kernels(everything, device=torch.device("cuda"), **ask)
     assert kernels is layers.PLAIN and said == "torch's own operators (asked for)"
     monkeypatch.setattr(layers, "why_no_triton", lambda device: "")
-    monkeypatch.setattr(layers, "_triton_kernels", lambda unfused, *, recomputed: unfused)
+    monkeypatch.setattr(layers, "_triton_kernels", lambda unfused, **_: unfused)
     _, said = layers.choose_layer_kernels((), device=torch.device("cuda"), **ask)
     assert said == "Triton: RMSNorm, rotary embedding and SwiGLU in one pass each"
     _, said = layers.choose_layer_kernels((), used={"norm", "swiglu"}, device=torch.device("cuda"), **ask)

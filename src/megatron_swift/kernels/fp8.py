@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_swift.kernels.beside import AT_ONCE, Beside
 from megatron_swift.kernels.fp8_values import Quantised, Recipe, Side, product, quantise
 from megatron_swift.kernels.layers import PLAIN, LayerKernels
 from megatron_swift.kernels.triton_runs import why_no_triton
@@ -53,12 +54,22 @@ class Fp8Linears:
                    is used, once more in the backward pass: for weights that leave the memory in between.
     recomputed   : layers, or MLPs, are computed again before their backward pass: linear_fc2's product shall not be.
     sentence     : for the banner.
+    beside       : where weights' gradients are formed.
 
     Call `forget` after each pass, before weights change: FSDP writes gathered weights without their version counter moving.
     """
 
-    def __init__(self, options: Fp8Options, *, keep_weights: bool = True, recomputed: bool = False, sentence: str = ""):
+    def __init__(
+        self,
+        options: Fp8Options,
+        *,
+        keep_weights: bool = True,
+        recomputed: bool = False,
+        sentence: str = "",
+        beside: Beside = AT_ONCE,
+    ):
         self.options, self.keep_weights, self.recomputed, self.sentence = options, keep_weights, recomputed, sentence
+        self.beside = beside
         self._weights: dict[int, _Held] = {}
         self._measured: tuple[Tensor, int, Tensor] | None = None
 
@@ -155,8 +166,10 @@ class Fp8Linears:
                 product(leaving.rows, held.columns, fast=self.options.fast_backward, dtype=grad.dtype), len(grad)
             )
         if leaving.columns is not None:
-            entered = Side(values, scale, ctx.kind)
-            d_weight = product(leaving.columns, entered, fast=self.options.fast_backward, dtype=weight.dtype)
+            left, entered, fast = leaving.columns, Side(values, scale, ctx.kind), self.options.fast_backward
+            d_weight = self.beside.run(
+                lambda: product(left, entered, fast=fast, dtype=weight.dtype), left.values, left.scale, values, scale
+            )
         return d_x, d_weight, grad.sum(0) if ctx.with_bias else None
 
     def weight(self, weight: Tensor, *, rows: bool = True, columns: bool = True) -> Quantised:
@@ -353,11 +366,17 @@ class _SwiGLULinear(torch.autograd.Function):
 
 
 def choose_fp8(
-    options: Fp8Options | None, *, device: torch.device, dtype: torch.dtype, keep_weights: bool, recomputed: bool
+    options: Fp8Options | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep_weights: bool,
+    recomputed: bool,
+    beside: Beside = AT_ONCE,
 ) -> Fp8Linears | None:
     """The products, None without options. UsageError for a GPU that cannot.
 
-    keep_weights : whether weights stay in memory between the forward and the backward pass.  recomputed: see `Fp8Linears`.
+    keep_weights : whether weights stay in memory between the forward and the backward pass.  recomputed, beside: see `Fp8Linears`.
     """
     if options is None:
         return None
@@ -372,7 +391,7 @@ def choose_fp8(
         how = f"rounded by torch's own operators, multiplied in float32 (no 8-bit products on the {device.type})"
     where = "linear layers of attention, dense MLPs and shared experts"
     sentence = f"{options.format}, {options.recipe}, {where}; {how}"
-    return Fp8Linears(options, keep_weights=keep_weights, recomputed=recomputed, sentence=sentence)
+    return Fp8Linears(options, keep_weights=keep_weights, recomputed=recomputed, sentence=sentence, beside=beside)
 
 
 def _require(device: torch.device, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_swift.kernels.beside import AT_ONCE, Beside
 from megatron_swift.kernels.cross_entropy import ChunkedLoss, choose_chunked, linear_cross_entropy, plain_softmax
 from megatron_swift.kernels.fp8 import Fp8Linears, choose_fp8
 from megatron_swift.kernels.grouped_linear import choose_grouped
@@ -48,7 +49,8 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     chunks = []
     if options.tp_comm_overlap:
         require_symmetric_memory(mesh.tp, device)
-    fp8 = _choose_fp8(options, device, sharded=sharded)
+    beside = _choose_beside(options, device, sharded=sharded)
+    fp8 = _choose_fp8(options, device, beside, sharded=sharded)
     for number in range(options.chunks_per_rank):
         stage = number * mesh.pp.size + mesh.pp.rank
         model = build_decoder(
@@ -60,7 +62,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
             first=stage == 0,
             last=stage == len(stages) - 1,
         )
-        _install_layer_kernels(model, mesh, options, kernels, fp8)
+        _install_layer_kernels(model, mesh, options, kernels, beside, fp8)
         _install_attention(model, mesh, options, kernels)
         _install_tensor_parallel(model, cfg, mesh, options, kernels)
         _install_experts(model, local, mesh, options, kernels)
@@ -75,7 +77,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
             model.to_empty(device=device)
         chunks.append(model)
     dense_replicas, expert_replicas = Axis() if sharded else mesh.shard, Axis() if experts_sharded else mesh.edp
-    shards = _make_shards(chunks, cfg, mesh, options, dense_replicas, expert_replicas)
+    shards = _make_shards(chunks, cfg, mesh, options, beside, dense_replicas, expert_replicas)
     pipeline = None
     if mesh.pp.size > 1:
         links = Links(mesh.pp, device, ring=options.chunks_per_rank > 1)
@@ -94,10 +96,23 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     )
 
 
-def _choose_fp8(options: EngineOptions, device: torch.device, *, sharded: bool) -> Fp8Linears | None:
+def _choose_beside(options: EngineOptions, device: torch.device, *, sharded: bool) -> Beside:
+    """Where weights' gradients are formed. FSDP reads them at once; and where the parameter is its own master, autograd adds them up itself."""
+    apart = options.compute_dtype in (torch.bfloat16, torch.float16) and not sharded
+    return Beside(torch.cuda.Stream(device)) if options.beside and apart and device.type == "cuda" else AT_ONCE
+
+
+def _choose_fp8(options: EngineOptions, device: torch.device, beside: Beside, *, sharded: bool) -> Fp8Linears | None:
     stay = not (sharded and options.sharding is Sharding.OPTIM_GRADS_PARAMS)
     again = options.recompute.granularity == "full" or options.recompute.has("mlp")
-    return choose_fp8(options.fp8, device=device, dtype=options.compute_dtype, keep_weights=stay, recomputed=again)
+    return choose_fp8(
+        options.fp8,
+        device=device,
+        dtype=options.compute_dtype,
+        keep_weights=stay,
+        recomputed=again,
+        beside=beside,
+    )
 
 
 def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]:
@@ -111,7 +126,12 @@ def _stages(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> list[range]
 
 
 def _install_layer_kernels(
-    model: Decoder, mesh: Mesh, options: EngineOptions, kernels: dict[str, str], fp8: Fp8Linears | None
+    model: Decoder,
+    mesh: Mesh,
+    options: EngineOptions,
+    kernels: dict[str, str],
+    beside: Beside,
+    fp8: Fp8Linears | None,
 ) -> None:
     chosen, kernels["layers"] = choose_layer_kernels(
         options.unfused,
@@ -119,6 +139,7 @@ def _install_layer_kernels(
         dtype=options.compute_dtype,
         recomputed=options.recompute.granularity == "full",
         used=model.fusible,
+        beside=beside,
     )
     model.set_kernels(chosen)
     if fp8 is not None:
@@ -219,7 +240,13 @@ def _install_compiled(model: Decoder, mesh: Mesh, options: EngineOptions, kernel
 
 
 def _make_shards(
-    chunks: list[Decoder], cfg: ModelConfig, mesh: Mesh, options: EngineOptions, dense: Axis, experts: Axis
+    chunks: list[Decoder],
+    cfg: ModelConfig,
+    mesh: Mesh,
+    options: EngineOptions,
+    beside: Beside,
+    dense: Axis,
+    experts: Axis,
 ) -> Shards:
     """dense, experts: the ranks that hold the same parameters whole, and must sum their gradients."""
     whole = build_decoder(cfg, dtype=torch.float32, device=torch.device("meta"))
@@ -241,6 +268,7 @@ def _make_shards(
         tied=TIED if shared else None,
         kv_replicas=part_of(mesh.tp, max(mesh.tp.size // cfg.num_query_groups, 1)),
         ends=mesh.ends if shared else Axis(),
+        beside=beside,
     )
     with torch.no_grad():
         for shard in shards:

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_swift.kernels.beside import AT_ONCE, Beside
 from megatron_swift.kernels.fused.fp8 import SLOTS, magnitude
+from megatron_swift.kernels.fused.linear import parameter_grads
 from megatron_swift.kernels.fused.sums import column_sums
 
 _PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each keeps a row of the weight's gradient in registers
@@ -197,11 +199,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _of_bias(grad: Tensor) -> Tensor:
-    """The bias's gradient, of that of a linear layer's output [N, C]."""
-    return column_sums(grad.contiguous(), grad.dtype)
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -220,12 +217,12 @@ class _Norm(torch.autograd.Function):
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+        ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, beside: Beside
     ) -> Tensor:
         x = x.contiguous()
         _, normalised, rstd = norm_forward(x, norm_weight, epsilon)
         ctx.save_for_backward(x, norm_weight, rstd, weight)
-        ctx.with_bias = bias is not None
+        ctx.with_bias, ctx.beside = bias is not None, beside
         return F.linear(normalised, weight, bias)
 
     @staticmethod
@@ -233,7 +230,7 @@ class _NormLinear(torch.autograd.Function):
         x, norm_weight, rstd, weight = ctx.saved_tensors
         dx, dn, normalised = norm_backward(x, norm_weight, rstd, grad @ weight, again=True)
         assert normalised is not None
-        return dx, dn, grad.t() @ normalised, _of_bias(grad) if ctx.with_bias else None, None
+        return dx, dn, *parameter_grads(grad, normalised, ctx.beside, with_bias=ctx.with_bias), None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -253,11 +250,18 @@ class _AddNorm(torch.autograd.Function):
 class _AddNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, added: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+        ctx: Any,
+        x: Tensor,
+        added: Tensor,
+        norm_weight: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        epsilon: float,
+        beside: Beside,
     ) -> tuple[Tensor, Tensor]:
         total, normalised, rstd = norm_forward(x.contiguous(), norm_weight, epsilon, added.contiguous())
         ctx.save_for_backward(total, norm_weight, rstd, weight)
-        ctx.with_bias = bias is not None
+        ctx.with_bias, ctx.beside = bias is not None, beside
         return total, F.linear(normalised, weight, bias)
 
     @staticmethod
@@ -267,7 +271,7 @@ class _AddNormLinear(torch.autograd.Function):
             total, norm_weight, rstd, grad @ weight, again=True, beside=beside.contiguous()
         )
         assert normalised is not None
-        return dx, dx, dn, grad.t() @ normalised, _of_bias(grad) if ctx.with_bias else None, None
+        return dx, dx, dn, *parameter_grads(grad, normalised, ctx.beside, with_bias=ctx.with_bias), None, None
 
 
 def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -275,9 +279,11 @@ def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _Norm.apply(x, weight, epsilon)  # type: ignore[no-any-return]
 
 
-def fused_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+def fused_norm_linear(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, beside: Beside = AT_ONCE
+) -> Tensor:
     """linear(rms_norm(x)), x [T, H], keeping x alone for the backward pass."""
-    return _NormLinear.apply(x, norm_weight, weight, bias, epsilon)  # type: ignore[no-any-return]
+    return _NormLinear.apply(x, norm_weight, weight, bias, epsilon, beside)  # type: ignore[no-any-return]
 
 
 def fused_add_norm(x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -286,7 +292,13 @@ def fused_add_norm(x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> 
 
 
 def fused_add_norm_linear(
-    x: Tensor, added: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+    x: Tensor,
+    added: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    beside: Beside = AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """`add_norm_linear`, keeping the sum alone for the backward pass."""
-    return _AddNormLinear.apply(x, added, norm_weight, weight, bias, epsilon)  # type: ignore[no-any-return]
+    return _AddNormLinear.apply(x, added, norm_weight, weight, bias, epsilon, beside)  # type: ignore[no-any-return]

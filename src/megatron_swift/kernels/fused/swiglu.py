@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_swift.kernels.beside import AT_ONCE, Beside
 from megatron_swift.kernels.fused.fp8 import SLOTS, magnitude
+from megatron_swift.kernels.fused.linear import parameter_grads
 
 _BLOCK = 1024
 
@@ -151,17 +153,18 @@ class _SwiGLU(torch.autograd.Function):
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor, beside: Beside) -> Tensor:
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up, weight)
+        ctx.beside = beside
         return F.linear(swiglu_forward(gate_up), weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         gate_up, weight = ctx.saved_tensors
         d_gate_up, product = swiglu_backward(gate_up, grad @ weight, again=True)
         assert product is not None
-        return d_gate_up, grad.t() @ product
+        return d_gate_up, parameter_grads(grad, product, ctx.beside, with_bias=False)[0], None
 
 
 def fused_swiglu(gate_up: Tensor) -> Tensor:
@@ -169,6 +172,6 @@ def fused_swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
 
 
-def fused_swiglu_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
+def fused_swiglu_linear(gate_up: Tensor, weight: Tensor, beside: Beside = AT_ONCE) -> Tensor:
     """linear(swiglu(gate_up)), gate_up [N, 2F], keeping gate_up alone for the backward pass."""
-    return _SwiGLULinear.apply(gate_up, weight)  # type: ignore[no-any-return]
+    return _SwiGLULinear.apply(gate_up, weight, beside)  # type: ignore[no-any-return]

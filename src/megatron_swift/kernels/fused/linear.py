@@ -1,0 +1,40 @@
+"""A linear layer whose weight's and bias's gradients are formed beside the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_swift.kernels.beside import AT_ONCE, Beside
+from megatron_swift.kernels.fused.sums import column_sums
+
+
+def parameter_grads(grad: Tensor, x: Tensor, beside: Beside, *, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the weight and of the bias, from that of the layer's output [N, C] and its input x [N, K]."""
+
+    def work() -> tuple[Tensor, Tensor | None]:
+        return grad.t() @ x, column_sums(grad.contiguous(), grad.dtype) if with_bias else None
+
+    return beside.run(work, grad, x)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, beside: Beside) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.with_bias, ctx.beside = bias is not None, beside
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        return dx, *parameter_grads(grad, x, ctx.beside, with_bias=ctx.with_bias), None
+
+
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, beside: Beside = AT_ONCE) -> Tensor:
+    """torch.nn.functional.linear of x [N, K]."""
+    return _Linear.apply(x, weight, bias, beside)  # type: ignore[no-any-return]
