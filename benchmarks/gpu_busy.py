@@ -5,8 +5,9 @@
 The model has Qwen2.5-1.5B's shape and random weights, made in a temporary folder. Packs of 8192 tokens, two micro-batches a step, one
 process. The first half of the steps, in which kernels are compiled and caches fill, is left out. Busy: the union of all kernels and copies,
 over the time from the end of one optimizer step to the end of a later one. Prints the share, of all and step by step, and which kernels the longest
-waits stand between. Beside the trace a process of its own sleeps for 2 ms again and again; where it wakes more than 20 ms late, the whole machine
-stood still, whatever we do ("pauses", in the times of the waits). `--untraced N`: N steps without the trace first, for their times as logged.
+waits stand between. What the host did: its longest calls into CUDA, and the longest times between two of them ("host"); what the tracer says of its
+own work ("overhead"). Beside the trace a process sleeps for 2 ms again and again; where it wakes more than 20 ms late, the whole machine
+stood still ("pauses"). Times are in one count. `--untraced N`: N steps without the trace first, for their times as logged.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +57,8 @@ while True:
 """
 
 
-def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], list[tuple[float, float]]]:
-    """Run `megatron sft` and return what the device did, in order, name, ts and dur in microseconds; and when the machine paused."""
+def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run `megatron sft` and return what the device did, in order, name, ts and dur in microseconds; and what the host did."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True) as watch:
         with torch.profiler.profile(activities=activities) as profiler:
@@ -66,8 +69,31 @@ def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], list[tu
     with gzip.open(trace, "rt") as file:
         whole = json.load(file)
     base = float(whole.get("baseTimeNanoseconds", 0)) / 1000  # the trace counts from here
-    events = sorted((e for e in whole["traceEvents"] if e.get("cat") in ON_DEVICE), key=lambda e: float(e["ts"]))
-    return events, [(start - base, stop - base) for start, stop in pauses]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for event in whole["traceEvents"]:
+        kinds.setdefault("device" if event.get("cat") in ON_DEVICE else event.get("cat", ""), []).append(event)
+    host = host_side(kinds.get("cuda_runtime", []) + kinds.get("cuda_driver", []))
+    host["overhead"] = longest((float(e["ts"]), float(e["dur"]), e["name"]) for e in kinds.get("overhead", []))
+    host["pauses"] = [(round(start - base), round(stop - start)) for start, stop in pauses]
+    return sorted(kinds["device"], key=lambda e: float(e["ts"])), host
+
+
+def longest(spans: Iterable[tuple[float, float, str]]) -> list[tuple[int, int, str]]:
+    """The dozen longest of (start, microseconds, what)."""
+    return [(round(start), round(took), what) for start, took, what in sorted(spans, key=lambda s: -s[1])[:12]]
+
+
+def host_side(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    """The longest calls, and the longest times in which nobody called."""
+    calls = sorted((e for e in calls if "dur" in e), key=lambda e: float(e["ts"]))
+    between, end = [], 0.0
+    for before, call in pairwise(calls):
+        end = max(end, float(before["ts"]) + float(before["dur"]))
+        between.append((end, float(call["ts"]) - end, f"{before['name']} -> {call['name']}"))
+    return {
+        "calls": longest((float(e["ts"]), float(e["dur"]), e["name"]) for e in calls),
+        "between": longest(between),
+    }
 
 
 def train(flags: list[str]) -> None:
@@ -111,7 +137,7 @@ def by_step(events: list[dict[str, Any]]) -> list[float]:
     return shares
 
 
-def measure(events: list[dict[str, Any]], pauses: list[tuple[float, float]]) -> dict[str, Any]:
+def measure(events: list[dict[str, Any]], host: dict[str, Any]) -> dict[str, Any]:
     """The share of time in which the device did something, and the longest waits."""
     ends = ends_of_steps(events)
     first, last = ends[len(ends) // 2 - 1], ends[-1]
@@ -133,7 +159,7 @@ def measure(events: list[dict[str, Any]], pauses: list[tuple[float, float]]) -> 
     places = sorted(pairs.items(), key=lambda pair: -sum(pair[1]))[:15]
     return {
         "busy": round(busy / (at - began), 4),
-        "busy_by_step": [round(share, 4) for share in sorted(shares)],
+        "busy_by_step": [round(share, 4) for share in shares],
         "steps_of_98_percent": f"{sum(share >= 0.98 for share in shares)} of {len(shares)}",
         "milliseconds_per_step": round((at - began) / 1000 / steps, 2),
         "waits_over_20_us_per_step": round(len(long) / steps, 1),
@@ -142,7 +168,8 @@ def measure(events: list[dict[str, Any]], pauses: list[tuple[float, float]]) -> 
         "kernels_per_step": round((last - first) / steps),
         "places": {where: [len(found), round(sum(found))] for where, found in places},
         "longest": [(round(wait), before, after, round(when)) for wait, before, after, when in waits[:12]],
-        "pauses": [(round(start), round(stop - start)) for start, stop in pauses if began < stop and start < at],
+        "from": round(began),
+        "host": host,
     }
 
 
@@ -173,7 +200,7 @@ def main() -> None:
         typed = [part for name, value in run.items() for part in (f"--{name}", str(value))]
         plain = untraced([*typed, *flags], folder / "untraced", arguments.untraced) if arguments.untraced else {}
         result = {"untraced": plain} | measure(*traced([*typed, *flags], folder / "trace.json.gz"))
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -46,7 +46,7 @@ def notes(monkeypatch) -> list[tuple[str, ...]]:
 def test_at_once_without_a_stream():
     assert AT_ONCE.run(lambda: 3, torch.ones(1)) == 3 and AT_ONCE.follow(lambda: 4) == 4
     AT_ONCE.join()
-    assert not AT_ONCE._held
+    assert not AT_ONCE._under_way
 
 
 def test_who_waits_for_whom(notes):
@@ -77,6 +77,19 @@ def test_what_is_read_is_kept_until_it_is_waited_for(notes):
     assert first() is None and followed() is None and second() is not None
     beside.join()
     assert second() is None
+
+
+def test_several_pieces_under_way(notes):
+    """The asking stream waits for a piece only where as many others are."""
+    beside = Beside(Stream("second", notes), pieces=2)
+    for _ in range(3):
+        beside.run(lambda: None)
+        beside.follow(lambda: None)
+    waits = [note for note in notes if note[:2] == ("first", "waits for")]
+    assert waits == [("first", "waits for", "work 1"), ("first", "waits for", "work 2")]
+    beside.join()
+    waits = [note[2] for note in notes if note[:2] == ("first", "waits for")]
+    assert waits == [f"work {number}" for number in range(1, 7)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need CUDA")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from shapes import VOCAB, random_engine, shape
-from tiny_models import as_batch, random_samples
 
 from megatron_swift.kernels.beside import AT_ONCE
 from megatron_swift.parallel.recompute import Recompute
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
 from megatron_swift.train.precision import LossScale
 from megatron_swift.train.step import train_step
+from shapes import VOCAB, random_engine, shape
+from tiny_models import as_batch, random_samples
 
 MODEL = shape(
     hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, kv_channels=64, qkv_bias=True, tied_embeddings=True
