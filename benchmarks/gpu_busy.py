@@ -7,7 +7,8 @@ process. The first half of the steps, in which kernels are compiled and caches f
 over the time from the end of one optimizer step to the end of a later one. Prints the share, of all and step by step, and which kernels the longest
 waits stand between. What the host did: its longest calls into CUDA, and the longest times between two of them ("host"); what the tracer says of its
 own work ("overhead"). Beside the trace a process sleeps for 2 ms again and again; where it wakes more than 20 ms late, the whole machine
-stood still ("pauses"). Times are in one count. `--untraced N`: N steps without the trace first, for their times as logged.
+stood still ("pauses"). Times are in one count. `--untraced`: the same steps without the trace first. The tracer makes each launch dearer,
+so that a host that is slow for a moment falls behind; "busy_of_untraced" is the traced busy time over the time of the same steps without it.
 """
 
 from __future__ import annotations
@@ -103,18 +104,12 @@ def train(flags: list[str]) -> None:
 
 
 def untraced(flags: list[str], run: Path, steps: int) -> dict[str, Any]:
-    """The seconds of a step as logged, over the second half."""
-    train([*flags, "--train_iters", str(steps), "--log_interval", "1", "--save", str(run)])
+    """The milliseconds of a step as logged, over the second half."""
+    train([*flags, "--log_interval", "1", "--save", str(run)])
     (log,) = run.glob("v*/logging.jsonl")
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    times = [1000 * line["seconds_per_iteration"] for line in lines if "lm loss" in line][steps // 2 :]
-    median = statistics.median(times)
-    return {
-        "steps": len(times),
-        "mean": round(statistics.mean(times), 1),
-        "median": round(median, 1),
-        "longest": sorted(times)[-5:],
-    }
+    times = [round(1000 * line["seconds_per_iteration"], 1) for line in lines if "lm loss" in line][steps // 2 :]
+    return {"mean": round(statistics.mean(times), 2), "steps": times}
 
 
 def ends_of_steps(events: list[dict[str, Any]]) -> list[int]:
@@ -178,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--untraced", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--untraced", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -198,8 +193,11 @@ def main() -> None:
             "lr": 1e-5,
         }
         typed = [part for name, value in run.items() for part in (f"--{name}", str(value))]
-        plain = untraced([*typed, *flags], folder / "untraced", arguments.untraced) if arguments.untraced else {}
-        result = {"untraced": plain} | measure(*traced([*typed, *flags], folder / "trace.json.gz"))
+        plain = untraced([*typed, *flags], folder / "untraced", arguments.steps) if arguments.untraced else None
+        result = measure(*traced([*typed, *flags], folder / "trace.json.gz"))
+    if plain is not None:
+        share = result["busy"] * result["milliseconds_per_step"] / plain["mean"]
+        result = {"busy_of_untraced": round(share, 4), "untraced": plain} | result
     print(json.dumps(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 
 import pytest
 import torch
 
-from megatron_swift.kernels.beside import AT_ONCE, Beside
+from megatron_swift.kernels.beside import AT_ONCE, SecondStream
 
 
 class Stream:
@@ -22,49 +21,59 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.notes.append((self.name, "waits for all of", other.name))
 
-    def wait_event(self, event: str) -> None:
-        self.notes.append((self.name, "waits for", event))
+    def wait_event(self, event: Event) -> None:
+        self.notes.append((self.name, "waits for", event.recorded))
 
-    def record_event(self) -> str:
-        return f"work {sum(note[1] == 'works' for note in self.notes)}"
+
+class Event:
+    recorded = ""
+
+    def record(self, stream: Stream) -> None:
+        works = sum(note == (stream.name, "works") for note in stream.notes)
+        self.recorded = f"{stream.name} {works}"
 
 
 @pytest.fixture
 def notes(monkeypatch) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("first", found))
-
-    @contextlib.contextmanager
-    def on(stream):
-        found.append((stream.name, "works"))
-        yield
-
-    monkeypatch.setattr(torch.cuda, "stream", on)
+    first = Stream("first", found)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: found.append((stream.name, "works")))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("second", found))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     return found
 
 
 def test_at_once_without_a_stream():
     assert AT_ONCE.run(lambda: 3, torch.ones(1)) == 3 and AT_ONCE.follow(lambda: 4) == 4
     AT_ONCE.join()
-    assert not AT_ONCE._under_way
 
 
 def test_who_waits_for_whom(notes):
-    beside = Beside(Stream("second", notes))
-    assert beside.run(lambda: 1) == 1
-    work = [("second", "waits for all of", "first"), ("second", "works")]
-    assert notes == work
-    assert beside.follow(lambda: 2) == 2
-    assert notes == work * 2  # what follows holds nobody up
-    beside.run(lambda: 3)
-    before = [("first", "waits for", "work 1"), ("first", "waits for", "work 2")]
-    assert notes == [*work, *work, *before, *work]
+    beside = SecondStream(torch.device("cuda"))
+    x = torch.ones(1)
+    turns = [("second", "works"), ("first", "works")]
+    assert beside.run(lambda: 1, x) == 1
+    assert notes == [("second", "waits for", "first 0"), *turns]
+    notes.clear()
+    assert beside.follow(lambda: 2, x) == 2
+    assert notes == [("second", "waits for", "first 0"), *turns]  # what follows holds nobody up
+    beside.run(lambda: 3, x)
+    assert notes[3:] == [("first", "waits for", "second 1"), ("second", "waits for", "first 1"), *turns]
+    notes.clear()
     beside.join()
-    assert notes[-2:] == [("first", "waits for", "work 3"), ("first", "waits for all of", "second")]
+    assert notes == [("first", "waits for", "second 0"), ("first", "waits for all of", "second")]
+
+
+def test_the_stream_is_the_asking_ones_again_after_an_error(notes):
+    beside = SecondStream(torch.device("cuda"))
+    with pytest.raises(ZeroDivisionError):
+        beside.run(lambda: 1 // 0)
+    assert notes[-2:] == [("second", "works"), ("first", "works")]
 
 
 def test_what_is_read_is_kept_until_it_is_waited_for(notes):
-    beside = Beside(Stream("second", notes))
+    beside = SecondStream(torch.device("cuda"))
 
     def ask(do, seed: int) -> weakref.ref:
         x = torch.full((3,), float(seed))
@@ -79,23 +88,10 @@ def test_what_is_read_is_kept_until_it_is_waited_for(notes):
     assert second() is None
 
 
-def test_several_pieces_under_way(notes):
-    """The asking stream waits for a piece only where as many others are."""
-    beside = Beside(Stream("second", notes), pieces=2)
-    for _ in range(3):
-        beside.run(lambda: None)
-        beside.follow(lambda: None)
-    waits = [note for note in notes if note[:2] == ("first", "waits for")]
-    assert waits == [("first", "waits for", "work 1"), ("first", "waits for", "work 2")]
-    beside.join()
-    waits = [note[2] for note in notes if note[:2] == ("first", "waits for")]
-    assert waits == [f"work {number}" for number in range(1, 7)]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need CUDA")
 def test_memory_is_not_given_out_too_early():
     """The first stream drops and overwrites what the second still reads: wrong at once without what is held."""
-    beside = Beside(torch.cuda.Stream())
+    beside = SecondStream(torch.device("cuda"))
     slow = torch.randn(4096, 4096, device="cuda")
     results = []
     for number in range(50):

@@ -6,9 +6,8 @@ kernel, when some processors have no more to do.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,55 +15,59 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class _Work(NamedTuple):
-    asked_by: torch.cuda.Stream
-    done: torch.cuda.Event
-    reads: tuple[Tensor, ...]
-
-
 class Beside:
-    """Runs work on `stream`, after all that was issued to the stream of whoever asks; at once where there is no stream, as on a CPU.
-
-    What the work reads is kept until the asking stream has waited for it: its memory may be given out again only then. To hold little, only
-    so many `pieces` may be under way. What the work makes may be used on the second stream alone until `join`.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream | None = None, *, pieces: int = 1):
-        assert pieces > 0
-        self.stream, self.pieces = stream, pieces
-        self._under_way: deque[list[_Work]] = deque()
+    """Does work that nothing waits for soon: here at once, the plain twin of `SecondStream`."""
 
     def run(self, work: Callable[[], T], *reads: Tensor) -> T:
-        """work(), which reads these tensors: a piece. The asking stream first waits for the earliest, where there are enough."""
-        if self.stream is not None:
-            while len(self._under_way) >= self.pieces:
-                self._let_go()
-            self._under_way.append([])
+        """work(), which reads these tensors and makes others. To be used in further work alone, until `join`."""
+        return work()
+
+    def follow(self, work: Callable[[], T], *reads: Tensor) -> T:
+        """As `run`, for what goes on with the results of the last work."""
+        return work()
+
+    def join(self) -> None:
+        """From here on what was made may be used."""
+
+
+class SecondStream(Beside):
+    """Does it on another stream, after all that was issued to the stream of whoever asks.
+
+    What the work reads is kept until the asking stream has waited for it: its memory may be given out again only then. To hold little, that
+    happens when `run` is called the next time; `follow` holds nobody up.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        self._held: dict[torch.cuda.Stream, list[Tensor]] = {}  # by who asked
+        # Recorded anew each time: what waits for an event waits for its last record before.
+        self._asked, self._done = torch.cuda.Event(), torch.cuda.Event()
+
+    def run(self, work: Callable[[], T], *reads: Tensor) -> T:
+        self._let_go()
         return self.follow(work, *reads)
 
     def follow(self, work: Callable[[], T], *reads: Tensor) -> T:
-        """As `run`, for what goes on with the results of the last piece, and belongs to it: nothing is waited for."""
-        if self.stream is None:
+        here = torch.cuda.current_stream(self._stream.device)
+        self._asked.record(here)
+        self._stream.wait_event(self._asked)
+        self._held.setdefault(here, []).extend(reads)
+        torch.cuda.set_stream(self._stream)
+        try:
             return work()
-        here = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            made = work()
-        if not self._under_way:
-            self._under_way.append([])
-        self._under_way[-1].append(_Work(here, self.stream.record_event(), reads))
-        return made
+        finally:
+            torch.cuda.set_stream(here)
 
     def join(self) -> None:
-        """Have the current stream wait for all work: from here on it may use what was made."""
-        while self._under_way:
-            self._let_go()
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self._let_go()
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def _let_go(self) -> None:
-        for work in self._under_way.popleft():
-            work.asked_by.wait_event(work.done)
+        if self._held:
+            self._done.record(self._stream)
+            for asked in self._held:
+                asked.wait_event(self._done)
+            self._held.clear()
 
 
 AT_ONCE = Beside()

@@ -160,7 +160,7 @@ def choose_layer_kernels(
         return PLAIN, f"torch's own operators ({reason})"
     fused, plain = (_listed([NAMES[n] for n in parts if (n in unfused) == there]) for there in (False, True))
     rest = f"; torch's own operators for {plain} (asked for)" if plain else ""
-    if beside.stream is not None:
+    if beside is not AT_ONCE:
         rest += "; weights' gradients on a second stream"
     return _triton_kernels(unfused, recomputed=recomputed, beside=beside), f"Triton: {fused} in one pass each{rest}"
 

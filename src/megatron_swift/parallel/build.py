@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_swift.kernels.beside import AT_ONCE, Beside
+from megatron_swift.kernels.beside import AT_ONCE, Beside, SecondStream
 from megatron_swift.kernels.cross_entropy import ChunkedLoss, choose_chunked, linear_cross_entropy, plain_softmax
 from megatron_swift.kernels.fp8 import Fp8Linears, choose_fp8
 from megatron_swift.kernels.grouped_linear import choose_grouped
@@ -99,7 +99,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
 def _choose_beside(options: EngineOptions, device: torch.device, *, sharded: bool) -> Beside:
     """Where weights' gradients are formed. FSDP reads them at once; and where the parameter is its own master, autograd adds them up itself."""
     apart = options.compute_dtype in (torch.bfloat16, torch.float16) and not sharded
-    return Beside(torch.cuda.Stream(device)) if options.beside and apart and device.type == "cuda" else AT_ONCE
+    return SecondStream(device) if options.beside and apart and device.type == "cuda" else AT_ONCE
 
 
 def _choose_fp8(options: EngineOptions, device: torch.device, beside: Beside, *, sharded: bool) -> Fp8Linears | None:
