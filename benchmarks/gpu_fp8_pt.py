@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--data", required=True, metavar="PREFIX")
-    parser.add_argument("--ways", nargs="+", default=["hybrid tensorwise", "hybrid rowwise"])
+    parser.add_argument("--ways", nargs="*", default=["hybrid tensorwise", "hybrid rowwise"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=1e-3)
