@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.metadata
 import itertools
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -144,7 +146,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=dense, default=["llama8b", "ragged8192", "alpaca"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32], help="rows of a micro-batch of alpaca's")
+    parser.add_argument("--out", type=Path, help="also write the results here, as JSON")
     arguments = parser.parse_args()
+    results: dict[str, dict[str, object]] = {}
     runs = [(name, n) for name in arguments.cases for n in (arguments.rows if name == "alpaca" else [0])]
     for name, rows in runs:
         try:
@@ -152,8 +156,16 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             result = {"error": str(error).splitlines()[0][:160]}
         print("transformers + Liger", name, rows or "", json.dumps(result), flush=True)
+        results[f"{name} {rows or ''}".strip()] = result
         gc.collect()
         torch.cuda.empty_cache()
+    if arguments.out:
+        versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+        report = {
+            "results": results,
+            "versions": versions | {"liger_kernel": importlib.metadata.version("liger-kernel")},
+        }
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
