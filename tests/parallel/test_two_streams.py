@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_swift.kernels.beside import AT_ONCE, SecondStream
 from megatron_swift.kernels.fp8 import Fp8Options
+from megatron_swift.kernels.later import AT_ONCE, SecondStream
 from megatron_swift.parallel.recompute import Recompute
 from megatron_swift.train.optim import Optimizer, OptimizerOptions
 from megatron_swift.train.precision import LossScale
@@ -25,14 +25,14 @@ OPTIONS = dict(attention_backend="unfused", dtype=torch.bfloat16)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_one_stream_on_a_cpu():
     engine = random_engine(shape(), dtype=torch.bfloat16)
-    assert engine.shards.beside is AT_ONCE and "second stream" not in str(engine.kernels)
+    assert engine.shards.later is AT_ONCE and "second stream" not in str(engine.kernels)
 
 
 def trained(micro_batches: int, **options) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The masters after four steps, and the gradient norms."""
     rng = np.random.default_rng(0)
     engine = random_engine(MODEL, **OPTIONS, **options)
-    assert ("second stream" in engine.kernels["layers"]) == options.get("beside", True)
+    assert ("second stream" in engine.kernels["layers"]) == options.get("second_stream", True)
     optimizer, norms = Optimizer(engine.shards, OptimizerOptions(kind="adam", weight_decay=0.1)), []
     scale = LossScale.for_dtype("bfloat16")
     for _ in range(4):
@@ -65,7 +65,7 @@ def late(monkeypatch) -> None:
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_the_same_values_on_two_streams(micro_batches, fp8, recompute):
     options = dict(recompute=recompute, fp8=fp8)
-    one, two = (trained(micro_batches, **options, beside=beside) for beside in (False, True))
+    one, two = (trained(micro_batches, **options, second_stream=on) for on in (False, True))
     assert one[1] == two[1]
     for name, values in one[0].items():
         assert torch.equal(two[0][name], values), name

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_swift.kernels.beside import AT_ONCE, Beside
 from megatron_swift.kernels.fp8_values import Quantised, Recipe, Side, product, quantise
+from megatron_swift.kernels.later import AT_ONCE, STREAM_SAID, Later
 from megatron_swift.kernels.layers import PLAIN, LayerKernels
 from megatron_swift.kernels.triton_runs import why_no_triton
 from megatron_swift.utils.errors import UsageError
@@ -54,7 +54,7 @@ class Fp8Linears:
                    is used, once more in the backward pass: for weights that leave the memory in between.
     recomputed   : layers, or MLPs, are computed again before their backward pass: linear_fc2's product shall not be.
     sentence     : for the banner.
-    beside       : where weights' gradients are formed.
+    later        : how weights' gradients are formed.
 
     Call `forget` after each pass, before weights change: FSDP writes gathered weights without their version counter moving.
     """
@@ -66,10 +66,10 @@ class Fp8Linears:
         keep_weights: bool = True,
         recomputed: bool = False,
         sentence: str = "",
-        beside: Beside = AT_ONCE,
+        later: Later = AT_ONCE,
     ):
         self.options, self.keep_weights, self.recomputed, self.sentence = options, keep_weights, recomputed, sentence
-        self.beside = beside
+        self.later = later
         self._weights: dict[int, _Held] = {}
         self._measured: tuple[Tensor, int, Tensor] | None = None
 
@@ -167,7 +167,7 @@ class Fp8Linears:
             )
         if leaving.columns is not None:
             left, entered, fast = leaving.columns, Side(values, scale, ctx.kind), self.options.fast_backward
-            d_weight = self.beside.run(
+            d_weight = self.later.run(
                 lambda: product(left, entered, fast=fast, dtype=weight.dtype), left.values, left.scale, values, scale
             )
         return d_x, d_weight, grad.sum(0) if ctx.with_bias else None
@@ -372,11 +372,11 @@ def choose_fp8(
     dtype: torch.dtype,
     keep_weights: bool,
     recomputed: bool,
-    beside: Beside = AT_ONCE,
+    later: Later = AT_ONCE,
 ) -> Fp8Linears | None:
     """The products, None without options. UsageError for a GPU that cannot.
 
-    keep_weights : whether weights stay in memory between the forward and the backward pass.  recomputed, beside: see `Fp8Linears`.
+    keep_weights : whether weights stay in memory between the forward and the backward pass.  recomputed, later: see `Fp8Linears`.
     """
     if options is None:
         return None
@@ -390,8 +390,8 @@ def choose_fp8(
     else:
         how = f"rounded by torch's own operators, multiplied in float32 (no 8-bit products on the {device.type})"
     where = "linear layers of attention, dense MLPs and shared experts"
-    sentence = f"{options.format}, {options.recipe}, {where}; {how}"
-    return Fp8Linears(options, keep_weights=keep_weights, recomputed=recomputed, sentence=sentence, beside=beside)
+    sentence = f"{options.format}, {options.recipe}, {where}; {how}{STREAM_SAID if later is not AT_ONCE else ''}"
+    return Fp8Linears(options, keep_weights=keep_weights, recomputed=recomputed, sentence=sentence, later=later)
 
 
 def _require(device: torch.device, recipe: Recipe) -> None:

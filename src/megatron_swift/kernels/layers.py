@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_swift.kernels.beside import AT_ONCE, Beside
+from megatron_swift.kernels.later import AT_ONCE, STREAM_SAID, Later
 from megatron_swift.kernels.triton_runs import why_no_triton
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
@@ -139,7 +139,7 @@ def choose_layer_kernels(
     dtype: torch.dtype,
     recomputed: bool,
     used: Collection[str] = NAMES,
-    beside: Beside = AT_ONCE,
+    later: Later = AT_ONCE,
 ) -> tuple[LayerKernels, str]:
     """(kernels, the sentence about them for the banner).
 
@@ -147,7 +147,7 @@ def choose_layer_kernels(
     used       : of NAMES, those that the model has in the form of the kernels.
     recomputed : whole layers are computed again before their backward pass. That stops at the last tensor which the backward pass needs,
     so the input of linear_fc2 is kept: to form it there would cost the product of linear_fc2 once more.
-    beside     : where the kernels form the gradients of the linear layers' weights.
+    later      : how the kernels form the gradients of the linear layers' weights.
     """
     assert set(unfused) <= NAMES.keys(), unfused
     parts = [name for name in NAMES if name in used]
@@ -160,41 +160,40 @@ def choose_layer_kernels(
         return PLAIN, f"torch's own operators ({reason})"
     fused, plain = (_listed([NAMES[n] for n in parts if (n in unfused) == there]) for there in (False, True))
     rest = f"; torch's own operators for {plain} (asked for)" if plain else ""
-    if beside is not AT_ONCE:
-        rest += "; weights' gradients on a second stream"
-    return _triton_kernels(unfused, recomputed=recomputed, beside=beside), f"Triton: {fused} in one pass each{rest}"
+    if later is not AT_ONCE:
+        rest += STREAM_SAID
+    return _triton_kernels(unfused, recomputed=recomputed, later=later), f"Triton: {fused} in one pass each{rest}"
 
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join([part for part in (", ".join(names[:-1]), *names[-1:]) if part])
 
 
-def _triton_kernels(unfused: Collection[str], *, recomputed: bool, beside: Beside = AT_ONCE) -> LayerKernels:
+def _triton_kernels(unfused: Collection[str], *, recomputed: bool, later: Later = AT_ONCE) -> LayerKernels:
     from megatron_swift.kernels.fused import norm
     from megatron_swift.kernels.fused.linear import fused_linear
     from megatron_swift.kernels.fused.norm_rope import fused_split_norm_rotate
     from megatron_swift.kernels.fused.rope import fused_split_rotate
     from megatron_swift.kernels.fused.swiglu import fused_swiglu, fused_swiglu_linear
 
-    kernels = dataclasses.replace(PLAIN, linear=partial(fused_linear, beside=beside))
+    kernels = dataclasses.replace(PLAIN, linear=partial(fused_linear, later=later))
     if "norm" not in unfused:
         kernels = dataclasses.replace(
             kernels,
             norm=norm.fused_norm,
-            norm_linear=partial(norm.fused_norm_linear, beside=beside),
+            norm_linear=partial(norm.fused_norm_linear, later=later),
             add_norm=norm.fused_add_norm,
-            add_norm_linear=partial(norm.fused_add_norm_linear, beside=beside),
+            add_norm_linear=partial(norm.fused_add_norm_linear, later=later),
             split_norm_rotate=partial(_split_norm_rotate, norm.fused_norm),
         )
     if "rope" not in unfused:
         at_once = fused_split_norm_rotate if "norm" not in unfused else partial(_norm_split_rotate, fused_split_rotate)
         kernels = dataclasses.replace(kernels, split_rotate=fused_split_rotate, split_norm_rotate=at_once)
     if "swiglu" not in unfused:
-        after: Callable[[Tensor, Tensor], Tensor] = partial(fused_swiglu_linear, beside=beside)
-        if recomputed:  # by torch's own operator, which keeps its input before it multiplies: recomputation stops there
 
-            def after(x: Tensor, weight: Tensor) -> Tensor:
-                return F.linear(fused_swiglu(x), weight)
+        def by_torch(x: Tensor, weight: Tensor) -> Tensor:
+            return F.linear(fused_swiglu(x), weight)  # keeps its input before it multiplies: recomputation stops there
 
+        after = by_torch if recomputed else partial(fused_swiglu_linear, later=later)
         kernels = dataclasses.replace(kernels, swiglu=fused_swiglu, swiglu_linear=after)
     return kernels

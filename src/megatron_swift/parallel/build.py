@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron_swift.kernels.beside import AT_ONCE, Beside, SecondStream
 from megatron_swift.kernels.cross_entropy import ChunkedLoss, choose_chunked, linear_cross_entropy, plain_softmax
 from megatron_swift.kernels.fp8 import Fp8Linears, choose_fp8
 from megatron_swift.kernels.grouped_linear import choose_grouped
+from megatron_swift.kernels.later import AT_ONCE, Later, SecondStream
 from megatron_swift.kernels.layers import choose_layer_kernels
 from megatron_swift.kernels.router import choose_gate
 from megatron_swift.kernels.te_attention import choose_core
@@ -49,8 +49,8 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     chunks = []
     if options.tp_comm_overlap:
         require_symmetric_memory(mesh.tp, device)
-    beside = _choose_beside(options, device, sharded=sharded)
-    fp8 = _choose_fp8(options, device, beside, sharded=sharded)
+    later = _choose_later(options, device, sharded=sharded)
+    fp8 = _choose_fp8(options, device, later, sharded=sharded)
     for number in range(options.chunks_per_rank):
         stage = number * mesh.pp.size + mesh.pp.rank
         model = build_decoder(
@@ -62,7 +62,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
             first=stage == 0,
             last=stage == len(stages) - 1,
         )
-        _install_layer_kernels(model, mesh, options, kernels, beside, fp8)
+        _install_layer_kernels(model, mesh, options, kernels, later, fp8)
         _install_attention(model, mesh, options, kernels)
         _install_tensor_parallel(model, cfg, mesh, options, kernels)
         _install_experts(model, local, mesh, options, kernels)
@@ -77,7 +77,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
             model.to_empty(device=device)
         chunks.append(model)
     dense_replicas, expert_replicas = Axis() if sharded else mesh.shard, Axis() if experts_sharded else mesh.edp
-    shards = _make_shards(chunks, cfg, mesh, options, beside, dense_replicas, expert_replicas)
+    shards = _make_shards(chunks, cfg, mesh, options, later, dense_replicas, expert_replicas)
     pipeline = None
     if mesh.pp.size > 1:
         links = Links(mesh.pp, device, ring=options.chunks_per_rank > 1)
@@ -96,13 +96,13 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     )
 
 
-def _choose_beside(options: EngineOptions, device: torch.device, *, sharded: bool) -> Beside:
-    """Where weights' gradients are formed. FSDP reads them at once; and where the parameter is its own master, autograd adds them up itself."""
+def _choose_later(options: EngineOptions, device: torch.device, *, sharded: bool) -> Later:
+    """How weights' gradients are formed. FSDP reads them at once; and where the parameter is its own master, autograd adds them up itself."""
     apart = options.compute_dtype in (torch.bfloat16, torch.float16) and not sharded
-    return SecondStream(device) if options.beside and apart and device.type == "cuda" else AT_ONCE
+    return SecondStream(device) if options.second_stream and apart and device.type == "cuda" else AT_ONCE
 
 
-def _choose_fp8(options: EngineOptions, device: torch.device, beside: Beside, *, sharded: bool) -> Fp8Linears | None:
+def _choose_fp8(options: EngineOptions, device: torch.device, later: Later, *, sharded: bool) -> Fp8Linears | None:
     stay = not (sharded and options.sharding is Sharding.OPTIM_GRADS_PARAMS)
     again = options.recompute.granularity == "full" or options.recompute.has("mlp")
     return choose_fp8(
@@ -111,7 +111,7 @@ def _choose_fp8(options: EngineOptions, device: torch.device, beside: Beside, *,
         dtype=options.compute_dtype,
         keep_weights=stay,
         recomputed=again,
-        beside=beside,
+        later=later,
     )
 
 
@@ -130,7 +130,7 @@ def _install_layer_kernels(
     mesh: Mesh,
     options: EngineOptions,
     kernels: dict[str, str],
-    beside: Beside,
+    later: Later,
     fp8: Fp8Linears | None,
 ) -> None:
     chosen, kernels["layers"] = choose_layer_kernels(
@@ -139,7 +139,7 @@ def _install_layer_kernels(
         dtype=options.compute_dtype,
         recomputed=options.recompute.granularity == "full",
         used=model.fusible,
-        beside=beside,
+        later=later,
     )
     model.set_kernels(chosen)
     if fp8 is not None:
@@ -244,7 +244,7 @@ def _make_shards(
     cfg: ModelConfig,
     mesh: Mesh,
     options: EngineOptions,
-    beside: Beside,
+    later: Later,
     dense: Axis,
     experts: Axis,
 ) -> Shards:
@@ -268,7 +268,7 @@ def _make_shards(
         tied=TIED if shared else None,
         kv_replicas=part_of(mesh.tp, max(mesh.tp.size // cfg.num_query_groups, 1)),
         ends=mesh.ends if shared else Axis(),
-        beside=beside,
+        later=later,
     )
     with torch.no_grad():
         for shard in shards:

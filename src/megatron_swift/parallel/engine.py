@@ -50,7 +50,7 @@ class EngineOptions:
     chunks_per_rank : virtual pipeline stages on each rank. first_layers, last_layers : of the first and last stage, None: balanced.
     context_kind    : all_gather, p2p or a2a.
     unfused         : of norm, rope and swiglu, those that are not computed by Triton kernels where these run.
-    beside          : whether weights' gradients are formed on a second stream of a GPU, where nothing else reads them before the update.
+    second_stream   : whether weights' gradients are formed on a second stream of a GPU, where nothing else reads them before the update.
     fp8             : how linear layers are computed in 8 bits; None: they are not.
     dropout         : what is dropped in training, and the seed of it.
     compile         : what torch.compile does; see parallel.compiled.
@@ -63,7 +63,7 @@ class EngineOptions:
     softmax_in_fp32: bool = True
     chunked_cross_entropy: bool = False
     unfused: tuple[str, ...] = ()
-    beside: bool = True
+    second_stream: bool = True
     fp8: Fp8Options | None = None
     sequence_parallel: bool = False
     tp_comm_overlap: bool = False

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_swift.kernels.accumulate import accumulate
-from megatron_swift.kernels.beside import AT_ONCE, Beside
+from megatron_swift.kernels.later import AT_ONCE, Later
 from megatron_swift.parallel.mesh import Axis, Mesh
 from megatron_swift.parallel.tensor import Placement
 
@@ -94,17 +94,17 @@ class Shards:
         tied: str | None,
         kv_replicas: Axis,
         ends: Axis,
-        beside: Beside = AT_ONCE,
+        later: Later = AT_ONCE,
     ):
         """shapes and place: of every parameter's whole and of this rank's part. replicas: the ranks that hold it too (no FSDP).
 
         tied : the parameter that the first and the last pipeline stage both hold, None where no two do. ends: those two ranks.
         kv_replicas : the ranks that replicate a key/value head.
-        beside : where gradients are formed, and added up; only where each parameter has a master apart from it.
+        later : how gradients are formed, and added up; only where each parameter has a master apart from it.
         """
         self.mesh, self.master_dtype, self.tied, self.ends = mesh, master_dtype, tied, ends
         self.kv_replicas, self.replicas = kv_replicas, replicas
-        self.shapes, self.place, self.beside = shapes, place, beside
+        self.shapes, self.place, self.later = shapes, place, later
         self.by_name = {name: self._shard(name, param) for chunk in chunks for name, param in chunk.named_parameters()}
 
     def __iter__(self) -> Iterator[Shard]:
@@ -122,7 +122,7 @@ class Shards:
         # float16 gradients still carry the loss scale, which only float32 divides out safely; sums over ranks are taken in float32 too.
         alone = self.replicas(name).size == 1 and not shard.partials and (name != self.tied or self.ends.size == 1)
         shard.stays_narrow = alone and param.dtype == torch.bfloat16
-        param.register_post_accumulate_grad_hook(lambda p: _accumulate(shard, p, beside=self.beside))
+        param.register_post_accumulate_grad_hook(lambda p: _accumulate(shard, p, later=self.later))
         return shard
 
     def _located(self, name: str, master: nn.Parameter, param: nn.Parameter, first: int, owned: bool) -> Shard:
@@ -142,7 +142,7 @@ class Shards:
 
     def pull(self, factor: float = 1.0) -> None:
         """Take the gradients from the module, finish them over the ranks, times `factor` (the inverse of the fp16 loss scale)."""
-        self.beside.join()
+        self.later.join()
         for shard in self:
             if not shard.copied:
                 grad = shard.param.grad
@@ -249,7 +249,7 @@ def _norms(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).reshape(-1) for part in parts]
 
 
-def _accumulate(shard: Shard, param: Tensor, *, beside: Beside) -> None:
+def _accumulate(shard: Shard, param: Tensor, *, later: Later) -> None:
     """Add a 16-bit gradient to the master's: called once per micro-batch, so sums over micro-batches keep full precision.
 
     A step's first one is kept as it is where it may stay narrow: without a second one nothing is added.
@@ -261,8 +261,8 @@ def _accumulate(shard: Shard, param: Tensor, *, beside: Beside) -> None:
     if master.numel() <= _SMALL:
         shard.waiting.append(grad)
     elif before is not None:
-        master.grad, shard.narrow = beside.follow(lambda: accumulate(before, grad, master.dtype), before, grad), None
+        master.grad, shard.narrow = later.follow(lambda: accumulate(before, grad, master.dtype), before, grad), None
     elif shard.stays_narrow:
         shard.narrow = grad
     else:
-        master.grad = beside.follow(lambda: grad.to(master.dtype), grad)
+        master.grad = later.follow(lambda: grad.to(master.dtype), grad)

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_swift.kernels.beside import AT_ONCE, Beside
 from megatron_swift.kernels.fused.fp8 import SLOTS, magnitude
 from megatron_swift.kernels.fused.linear import parameter_grads
 from megatron_swift.kernels.fused.sums import column_sums
+from megatron_swift.kernels.later import AT_ONCE, Later
 
 _PROGRAMS_PER_PROCESSOR = 4  # of the backward pass: each keeps a row of the weight's gradient in registers
 
@@ -217,12 +217,12 @@ class _Norm(torch.autograd.Function):
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, beside: Beside
+        ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, later: Later
     ) -> Tensor:
         x = x.contiguous()
         _, normalised, rstd = norm_forward(x, norm_weight, epsilon)
         ctx.save_for_backward(x, norm_weight, rstd, weight)
-        ctx.with_bias, ctx.beside = bias is not None, beside
+        ctx.with_bias, ctx.later = bias is not None, later
         return F.linear(normalised, weight, bias)
 
     @staticmethod
@@ -230,7 +230,7 @@ class _NormLinear(torch.autograd.Function):
         x, norm_weight, rstd, weight = ctx.saved_tensors
         dx, dn, normalised = norm_backward(x, norm_weight, rstd, grad @ weight, again=True)
         assert normalised is not None
-        return dx, dn, *parameter_grads(grad, normalised, ctx.beside, with_bias=ctx.with_bias), None, None
+        return dx, dn, *parameter_grads(grad, normalised, ctx.later, with_bias=ctx.with_bias), None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -257,11 +257,11 @@ class _AddNormLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         epsilon: float,
-        beside: Beside,
+        later: Later,
     ) -> tuple[Tensor, Tensor]:
         total, normalised, rstd = norm_forward(x.contiguous(), norm_weight, epsilon, added.contiguous())
         ctx.save_for_backward(total, norm_weight, rstd, weight)
-        ctx.with_bias, ctx.beside = bias is not None, beside
+        ctx.with_bias, ctx.later = bias is not None, later
         return total, F.linear(normalised, weight, bias)
 
     @staticmethod
@@ -271,7 +271,7 @@ class _AddNormLinear(torch.autograd.Function):
             total, norm_weight, rstd, grad @ weight, again=True, beside=beside.contiguous()
         )
         assert normalised is not None
-        return dx, dx, dn, *parameter_grads(grad, normalised, ctx.beside, with_bias=ctx.with_bias), None, None
+        return dx, dx, dn, *parameter_grads(grad, normalised, ctx.later, with_bias=ctx.with_bias), None, None
 
 
 def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -280,10 +280,10 @@ def fused_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def fused_norm_linear(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, beside: Beside = AT_ONCE
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, later: Later = AT_ONCE
 ) -> Tensor:
     """linear(rms_norm(x)), x [T, H], keeping x alone for the backward pass."""
-    return _NormLinear.apply(x, norm_weight, weight, bias, epsilon, beside)  # type: ignore[no-any-return]
+    return _NormLinear.apply(x, norm_weight, weight, bias, epsilon, later)  # type: ignore[no-any-return]
 
 
 def fused_add_norm(x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -298,7 +298,7 @@ def fused_add_norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     epsilon: float,
-    beside: Beside = AT_ONCE,
+    later: Later = AT_ONCE,
 ) -> tuple[Tensor, Tensor]:
     """`add_norm_linear`, keeping the sum alone for the backward pass."""
-    return _AddNormLinear.apply(x, added, norm_weight, weight, bias, epsilon, beside)  # type: ignore[no-any-return]
+    return _AddNormLinear.apply(x, added, norm_weight, weight, bias, epsilon, later)  # type: ignore[no-any-return]

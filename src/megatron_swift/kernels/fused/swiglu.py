@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_swift.kernels.beside import AT_ONCE, Beside
 from megatron_swift.kernels.fused.fp8 import SLOTS, magnitude
 from megatron_swift.kernels.fused.linear import parameter_grads
+from megatron_swift.kernels.later import AT_ONCE, Later
 
 _BLOCK = 1024
 
@@ -153,10 +153,10 @@ class _SwiGLU(torch.autograd.Function):
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weight: Tensor, beside: Beside) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor, later: Later) -> Tensor:
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up, weight)
-        ctx.beside = beside
+        ctx.later = later
         return F.linear(swiglu_forward(gate_up), weight)
 
     @staticmethod
@@ -164,7 +164,7 @@ class _SwiGLULinear(torch.autograd.Function):
         gate_up, weight = ctx.saved_tensors
         d_gate_up, product = swiglu_backward(gate_up, grad @ weight, again=True)
         assert product is not None
-        return d_gate_up, parameter_grads(grad, product, ctx.beside, with_bias=False)[0], None
+        return d_gate_up, parameter_grads(grad, product, ctx.later, with_bias=False)[0], None
 
 
 def fused_swiglu(gate_up: Tensor) -> Tensor:
@@ -172,6 +172,6 @@ def fused_swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
 
 
-def fused_swiglu_linear(gate_up: Tensor, weight: Tensor, beside: Beside = AT_ONCE) -> Tensor:
+def fused_swiglu_linear(gate_up: Tensor, weight: Tensor, later: Later = AT_ONCE) -> Tensor:
     """linear(swiglu(gate_up)), gate_up [N, 2F], keeping gate_up alone for the backward pass."""
-    return _SwiGLULinear.apply(gate_up, weight, beside)  # type: ignore[no-any-return]
+    return _SwiGLULinear.apply(gate_up, weight, later)  # type: ignore[no-any-return]

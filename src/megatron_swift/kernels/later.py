@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+STREAM_SAID = "; weights' gradients on a second stream"  # in the banner
 
 
-class Beside:
+class Later:
     """Does work that nothing waits for soon: here at once, the plain twin of `SecondStream`."""
 
     def run(self, work: Callable[[], T], *reads: Tensor) -> T:
@@ -30,8 +31,8 @@ class Beside:
         """From here on what was made may be used."""
 
 
-class SecondStream(Beside):
-    """Does it on another stream, after all that was issued to the stream of whoever asks.
+class SecondStream(Later):
+    """Does it on another stream of the GPU, after all that was issued to the stream of whoever asks.
 
     What the work reads is kept until the asking stream has waited for it: its memory may be given out again only then. To hold little, that
     happens when `run` is called the next time; `follow` holds nobody up.
@@ -70,4 +71,4 @@ class SecondStream(Beside):
             self._held.clear()
 
 
-AT_ONCE = Beside()
+AT_ONCE = Later()

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from megatron_swift.kernels.beside import AT_ONCE, SecondStream
+from megatron_swift.kernels.later import AT_ONCE, SecondStream
 
 
 class Stream:
@@ -50,48 +50,48 @@ def test_at_once_without_a_stream():
 
 
 def test_who_waits_for_whom(notes):
-    beside = SecondStream(torch.device("cuda"))
+    later = SecondStream(torch.device("cuda"))
     x = torch.ones(1)
     turns = [("second", "works"), ("first", "works")]
-    assert beside.run(lambda: 1, x) == 1
+    assert later.run(lambda: 1, x) == 1
     assert notes == [("second", "waits for", "first 0"), *turns]
     notes.clear()
-    assert beside.follow(lambda: 2, x) == 2
+    assert later.follow(lambda: 2, x) == 2
     assert notes == [("second", "waits for", "first 0"), *turns]  # what follows holds nobody up
-    beside.run(lambda: 3, x)
+    later.run(lambda: 3, x)
     assert notes[3:] == [("first", "waits for", "second 1"), ("second", "waits for", "first 1"), *turns]
     notes.clear()
-    beside.join()
+    later.join()
     assert notes == [("first", "waits for", "second 0"), ("first", "waits for all of", "second")]
 
 
 def test_the_stream_is_the_asking_ones_again_after_an_error(notes):
-    beside = SecondStream(torch.device("cuda"))
+    later = SecondStream(torch.device("cuda"))
     with pytest.raises(ZeroDivisionError):
-        beside.run(lambda: 1 // 0)
+        later.run(lambda: 1 // 0)
     assert notes[-2:] == [("second", "works"), ("first", "works")]
 
 
 def test_what_is_read_is_kept_until_it_is_waited_for(notes):
-    beside = SecondStream(torch.device("cuda"))
+    later = SecondStream(torch.device("cuda"))
 
     def ask(do, seed: int) -> weakref.ref:
         x = torch.full((3,), float(seed))
         do(x.sum, x)
         return weakref.ref(x)
 
-    first, followed = ask(beside.run, 1), ask(beside.follow, 2)
+    first, followed = ask(later.run, 1), ask(later.follow, 2)
     assert first() is not None and followed() is not None
-    second = ask(beside.run, 3)
+    second = ask(later.run, 3)
     assert first() is None and followed() is None and second() is not None
-    beside.join()
+    later.join()
     assert second() is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need CUDA")
 def test_memory_is_not_given_out_too_early():
     """The first stream drops and overwrites what the second still reads: wrong at once without what is held."""
-    beside = SecondStream(torch.device("cuda"))
+    later = SecondStream(torch.device("cuda"))
     slow = torch.randn(4096, 4096, device="cuda")
     results = []
     for number in range(50):
@@ -101,8 +101,8 @@ def test_memory_is_not_given_out_too_early():
             (slow @ slow) @ slow
             return x.sum(dtype=torch.float64)
 
-        results.append(beside.run(work, x))
+        results.append(later.run(work, x))
         del x, work
         torch.full((1 << 22,), -1.0, device="cuda")
-    beside.join()
+    later.join()
     assert torch.stack(results).tolist() == [float(number * (1 << 22)) for number in range(50)]
