@@ -14,6 +14,7 @@ from megatron_swift.kernels.adamw import AdamScalars, Updated, plain_adamw
 from megatron_swift.kernels.attention import Segments, plain_attention
 from megatron_swift.kernels.cross_entropy import VocabularyShard, chunked_linear_cross_entropy, linear_cross_entropy
 from megatron_swift.kernels.dense_attention import dense_attention, is_even
+from megatron_swift.kernels.later import Later
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -70,6 +71,36 @@ def test_norm_linear(dtype, bias):
         return lambda x, n, w, b=None: function(x, n, w, b, 1e-6)
 
     check(with_bias(layers.norm_linear), with_bias(fused_norm_linear), tensors, dtype)
+
+
+@needs_triton
+@both_types
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(dtype, bias):
+    from megatron_swift.kernels.fused.linear import fused_linear
+
+    tensors = [values(9, 24), values(16, 24, seed=2), *([values(16, seed=3)] if bias else [])]
+    check(torch.nn.functional.linear, fused_linear, tensors, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_where_weights_gradients_are_formed(recomputed):
+    """All linear layers hand them on, but those whose input recomputation must find kept."""
+    asked = []
+
+    class Noted(Later):
+        def run(self, work, *reads):
+            asked.append(len(reads))
+            return work()
+
+    kernels = layers._triton_kernels((), recomputed=recomputed, later=Noted())
+    x, norm, weight = (values(*shape).float().requires_grad_() for shape in ((6, 8), (8,), (16, 8)))
+    total, y = kernels.add_norm_linear(x, x, norm, weight, None, 1e-6)
+    z = kernels.norm_linear(total, norm, weight, None, 1e-6) + y
+    out = kernels.swiglu_linear(z, weight[:8]) + kernels.linear(x, weight[8:])
+    out.sum().backward()
+    assert len(asked) == (2 if recomputed else 4)
 
 
 @needs_triton

@@ -176,7 +176,10 @@ def _triton_kernels(unfused: Collection[str], *, recomputed: bool, later: Later 
     from megatron_swift.kernels.fused.rope import fused_split_rotate
     from megatron_swift.kernels.fused.swiglu import fused_swiglu, fused_swiglu_linear
 
-    kernels = dataclasses.replace(PLAIN, linear=partial(fused_linear, later=later))
+    kernels = PLAIN
+    # torch's own operator keeps its input before it multiplies: recomputation stops there, and spares the product.
+    if later is not AT_ONCE and not recomputed:
+        kernels = dataclasses.replace(kernels, linear=partial(fused_linear, later=later))
     if "norm" not in unfused:
         kernels = dataclasses.replace(
             kernels,
@@ -190,10 +193,7 @@ def _triton_kernels(unfused: Collection[str], *, recomputed: bool, later: Later 
         at_once = fused_split_norm_rotate if "norm" not in unfused else partial(_norm_split_rotate, fused_split_rotate)
         kernels = dataclasses.replace(kernels, split_rotate=fused_split_rotate, split_norm_rotate=at_once)
     if "swiglu" not in unfused:
-
-        def by_torch(x: Tensor, weight: Tensor) -> Tensor:
-            return F.linear(fused_swiglu(x), weight)  # keeps its input before it multiplies: recomputation stops there
-
-        after = by_torch if recomputed else partial(fused_swiglu_linear, later=later)
+        at_end = partial(fused_swiglu_linear, later=later)
+        after = (lambda x, weight: F.linear(fused_swiglu(x), weight)) if recomputed else at_end
         kernels = dataclasses.replace(kernels, swiglu=fused_swiglu, swiglu_linear=after)
     return kernels
