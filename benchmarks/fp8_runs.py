@@ -28,6 +28,21 @@ MAIN = "import sys; from megatron_swift.cli import main; sys.exit(main('megatron
 Flags = Mapping[str, Any]
 
 
+def schedule(steps: int, lr: float, *, warmup: int) -> dict[str, Any]:
+    """What all runs of a kind share: rates, every step in the log, all held-out rows at the end, nothing kept that is not needed."""
+    return {
+        "train_iters": steps,
+        "lr": lr,
+        "min_lr": lr / 10,
+        "lr_warmup_iters": warmup,
+        "log_interval": 1,
+        "eval_interval": steps,
+        "eval_iters": -1,
+        "no_save_optim": "true",
+        "torch_dtype": "bfloat16",
+    }
+
+
 @dataclass(frozen=True)
 class Run:
     """losses: of each training step. validation: of the held-out rows at the end. more: what else was found of the run."""
@@ -42,7 +57,7 @@ def ways(names: Sequence[str]) -> dict[str, dict[str, str]]:
     found = {}
     for name in names:
         kind, _, recipe = name.partition(" ")
-        found[name] = PLAIN.get(name) or ({} if name in PLAIN else {"fp8_format": kind, "fp8_recipe": recipe})
+        found[name] = PLAIN.get(name, {"fp8_format": kind, "fp8_recipe": recipe})
     return found
 
 

@@ -118,44 +118,48 @@ def ends_of_steps(events: list[dict[str, Any]]) -> list[int]:
     return [a for a, b in zip(updates, [*updates[1:], len(events) + 10**6], strict=True) if b - a > 100]
 
 
-def by_step(events: list[dict[str, Any]]) -> list[float]:
-    """The share of each step of the second half, from the end of the update before to the end of its own."""
-    ends, shares = ends_of_steps(events), []
-    for first, last in zip(ends[len(ends) // 2 - 1 : -1], ends[len(ends) // 2 :], strict=True):
-        began = at = float(events[first]["ts"]) + float(events[first]["dur"])
-        busy = 0.0
-        for event in events[first + 1 : last + 1]:
-            start, stop = float(event["ts"]), float(event["ts"]) + float(event["dur"])
-            busy += max(stop - max(start, at), 0.0)
-            at = max(at, stop)
-        shares.append(busy / (at - began))
-    return shares
+def end_of(event: dict[str, Any]) -> float:
+    """In microseconds."""
+    return float(event["ts"]) + float(event["dur"])
 
 
-def measure(events: list[dict[str, Any]], host: dict[str, Any]) -> dict[str, Any]:
-    """The share of time in which the device did something, and the longest waits."""
-    ends = ends_of_steps(events)
-    first, last = ends[len(ends) // 2 - 1], ends[-1]
-    at = began = float(events[first]["ts"]) + float(events[first]["dur"])
+def busy_and_waits(events: list[dict[str, Any]]) -> tuple[float, list[tuple[float, str, str, float]]]:
+    """After the end of the first event: microseconds in which the device did something, and each wait: how long, between what, since when."""
+    at = end_of(events[0])
     busy, waits = 0.0, []
-    for before, event in zip(events[first:last], events[first + 1 : last + 1], strict=True):
-        start, stop = float(event["ts"]), float(event["ts"]) + float(event["dur"])
+    for before, event in pairwise(events):
+        start, stop = float(event["ts"]), end_of(event)
         if start > at:
             waits.append((start - at, before["name"][:60], event["name"][:60], at))
         busy += max(stop - max(start, at), 0.0)
         at = max(at, stop)
+    return busy, waits
+
+
+def share(events: list[dict[str, Any]]) -> float:
+    """Of the time after the end of the first event, the part in which the device did something."""
+    return busy_and_waits(events)[0] / (max(map(end_of, events)) - end_of(events[0]))
+
+
+def measure(events: list[dict[str, Any]], host: dict[str, Any]) -> dict[str, Any]:
+    """The share of time in which the device did something, of all and of each step of the second half, and the longest waits."""
+    ends = ends_of_steps(events)
+    later = ends[len(ends) // 2 - 1 :]  # the second half begins where the step before it ends
+    first, last = later[0], later[-1]
+    began, at = end_of(events[first]), max(map(end_of, events[first : last + 1]))
+    busy, waits = busy_and_waits(events[first : last + 1])
     steps = len(ends) - len(ends) // 2
     waits.sort(reverse=True)
     long = [wait for wait, *_ in waits if wait > 20]
     pairs: dict[str, list[float]] = {}
     for wait, before, after, _ in waits[: len(long)]:
         pairs.setdefault(f"{before[:40]} -> {after[:40]}", []).append(wait)
-    shares = by_step(events)
+    shares = [share(events[start : stop + 1]) for start, stop in pairwise(later)]
     places = sorted(pairs.items(), key=lambda pair: -sum(pair[1]))[:15]
     return {
         "busy": round(busy / (at - began), 4),
-        "busy_by_step": [round(share, 4) for share in shares],
-        "steps_of_98_percent": f"{sum(share >= 0.98 for share in shares)} of {len(shares)}",
+        "busy_by_step": [round(one, 4) for one in shares],
+        "steps_of_98_percent": f"{sum(one >= 0.98 for one in shares)} of {len(shares)}",
         "milliseconds_per_step": round((at - began) / 1000 / steps, 2),
         "waits_over_20_us_per_step": round(len(long) / steps, 1),
         "their_milliseconds_per_step": round(sum(long) / 1000 / steps, 2),
@@ -196,8 +200,8 @@ def main() -> None:
         plain = untraced([*typed, *flags], folder / "untraced", arguments.steps) if arguments.untraced else None
         result = measure(*traced([*typed, *flags], folder / "trace.json.gz"))
     if plain is not None:
-        share = result["busy"] * result["milliseconds_per_step"] / plain["mean"]
-        result = {"busy_of_untraced": round(share, 4), "untraced": plain} | result
+        of_untraced = result["busy"] * result["milliseconds_per_step"] / plain["mean"]
+        result = {"busy_of_untraced": round(of_untraced, 4), "untraced": plain} | result
     print(json.dumps(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

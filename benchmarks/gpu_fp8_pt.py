@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fp8_runs import BASE, keep, run_all
+from fp8_runs import BASE, keep, run_all, schedule
 
 MODEL = dict(num_layers=12, hidden_size=768, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=2048)
 
@@ -42,16 +42,8 @@ def main() -> None:
             "max_length": 2048,
             "micro_batch_size": 8,
             "global_batch_size": 8,
-            "train_iters": arguments.steps,
-            "lr": arguments.lr,
-            "min_lr": arguments.lr / 10,
-            "lr_warmup_iters": arguments.steps // 10,
-            "log_interval": 1,
             "split_dataset_ratio": 0.02,
-            "eval_interval": arguments.steps,
-            "eval_iters": -1,
-            "no_save_optim": "true",
-            "torch_dtype": "bfloat16",
+            **schedule(arguments.steps, arguments.lr, warmup=arguments.steps // 10),
         }
 
     keep(run_all("pt", [BASE, *arguments.ways], flags, seeds=arguments.seeds, jobs=arguments.jobs), arguments.out)

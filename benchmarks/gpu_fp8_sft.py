@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fp8_runs import BASE, PLAIN, keep, megatron, run_all
+from fp8_runs import BASE, PLAIN, keep, megatron, run_all, schedule
 from gpu_rows import DATA
 
 
@@ -51,16 +51,8 @@ def main() -> None:
         "max_length": 512,
         "micro_batch_size": 16,
         "global_batch_size": 16,
-        "train_iters": arguments.steps,
-        "lr": arguments.lr,
-        "min_lr": arguments.lr / 10,
-        "lr_warmup_iters": arguments.steps // 20,
-        "log_interval": 1,
-        "eval_interval": arguments.steps,
-        "eval_iters": -1,
-        "no_save_optim": "true",
         "save_safetensors": "true",
-        "torch_dtype": "bfloat16",
+        **schedule(arguments.steps, arguments.lr, warmup=arguments.steps // 20),
     }
     with tempfile.TemporaryDirectory() as temporary:
         common |= cut(Path(temporary))
