@@ -287,6 +287,13 @@ def test_the_attacks_would_work_without_the_guard(tmp_path):
     assert canary.exists()
 
 
+def test_metadata_that_would_take_all_memory(folder):
+    """One flipped bit, and Python's unpickler asks for 16 bytes times the place that something is put at."""
+    (folder / ".metadata").write_bytes(b"\x80\x02}r\x00\x00\x00\x04.")
+    with pytest.raises(CheckpointError, match=r"cannot be read.*puts something at place 67108864"):
+        DcpFolder(folder)
+
+
 def test_megatrons_own_classes_are_no_obstacle(folder):
     """core_r0.11.0 pickles its save plans along."""
     good = _metadata(folder)

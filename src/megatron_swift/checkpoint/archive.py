@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_swift.checkpoint.safe_pickle import check_sizes
 from megatron_swift.utils.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, lengths of the name and of the extra field
@@ -77,7 +78,7 @@ def read_archive(path: Path, *, placed: bool = False) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", do="use another checkpoint")
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         raise CheckpointError(
             f"{path} is no file of torch.save",
             why="it is damaged, or written by a torch before 1.6",
@@ -87,6 +88,13 @@ def read_archive(path: Path, *, placed: bool = False) -> Any:
         return _read(path, placed=placed)
     except Exception as error:  # a damaged or forged file raises nearly anything
         raise CheckpointError(f"{path} cannot be read: {error!r}", do="use another checkpoint") from None
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of a damaged directory, before Python 3.14
+        return False
 
 
 class _Place(NamedTuple):
@@ -105,6 +113,7 @@ def _read(path: Path, *, placed: bool) -> Any:
             raise ValueError(f"its byte order is {order!r}")
         places = {name: (data_start(file, info), info.file_size) for name, info in names.items() if name[:5] == "data/"}
         content = _content(archive, names["data.pkl"])
+    check_sizes(content)
     return _Unpickler(content, path, places, placed=placed).load()
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_swift.checkpoint.archive import STORAGES, data_start
+from megatron_swift.checkpoint.safe_pickle import check_sizes
 from megatron_swift.checkpoint.stored import long_axis
 
 
@@ -112,7 +113,9 @@ def _find(part: _Part) -> _Record | None:
         if "byteorder" in members and _content(part, members["byteorder"]) != b"little":
             return None
         try:
-            found = _Unpickler(io.BytesIO(_content(part, members["data.pkl"]))).load()
+            content = _content(part, members["data.pkl"])
+            check_sizes(content)
+            found = _Unpickler(io.BytesIO(content)).load()
         except pickle.UnpicklingError:
             return None
         values = members["data/0"]
