@@ -131,7 +131,7 @@ def by_engine(
             engine.evaluate(mine[0])  # in between, it must change nothing
     if evaluate:
         result.evaluations.append(engine.evaluate(mine[0]))
-    result.params = {name: engine.shards.full(name).double().numpy() for name in engine.shards.by_name}
+    result.params = {name: values.double().numpy() for name, values in engine.shards.full().items()}
     mesh_module.stop()
     return result
 

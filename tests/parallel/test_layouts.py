@@ -107,10 +107,10 @@ def on_layout(rank, folder, dtype, samples, sizes, options, lr=LR, tamper=lambda
         report = train_step(engine, optimizer, batches(step), lr=lr, clip_grad=CLIP, loss_scale=scale)
         result.losses.append(report.loss)
         result.norms.append(report.grad_norm)
-        engine.evaluate(batches(step))
+        if len(result.losses) == 1:
+            engine.evaluate(batches(step))
     result.evaluations.append(engine.evaluate(batches(samples[0])))
-    everyone = sorted({n for names in mesh.gather_objects(list(engine.shards.by_name)) for n in names})
-    result.params = {n: engine.shards.full(n).double().numpy() for n in everyone}
+    result.params = {n: values.double().numpy() for n, values in engine.shards.full().items()}
     mesh_module.stop()
     return result
 

@@ -62,8 +62,7 @@ def run_steps(rank: int, cfg: ModelConfig, sizes: Sizes, options: dict) -> Resul
         result.losses.append(report.loss)
         result.norms.append(report.grad_norm)
     result.evaluations.append(engine.evaluate(batches(SAMPLES[0])))
-    everyone = sorted({n for names in mesh.gather_objects(list(engine.shards.by_name)) for n in names})
-    result.params = {n: engine.shards.full(n).double().numpy() for n in everyone}
+    result.params = {n: values.double().numpy() for n, values in engine.shards.full().items()}
     mesh_module.stop()
     return result
 

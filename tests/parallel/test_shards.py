@@ -99,7 +99,7 @@ def _spread(rank, folder, batches):
     halved = float(engine.shards.grad_norm())
     rows = {s.name: (0, 0, s.shape) for s in engine.shards}
     rows |= {s.name: (b.start, b.start + b.rows, s.shape) for s in engine.shards for b in s.boxes if b.owned}
-    full = {name: engine.shards.full(name).numpy() for name in rows}
+    full = {name: values.numpy() for name, values in engine.shards.full().items()}
     mesh_module.stop()
     return found, halved, tuple(counts), rows, full, engine.kernels["data parallel"]
 

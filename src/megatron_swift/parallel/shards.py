@@ -221,13 +221,15 @@ class Shards:
         """What this rank alone counts and saves: for each parameter the boxes it owns with their values."""
         return {s.name: [(b, s.master.detach()[b.local : b.local + b.rows]) for b in s.boxes if b.owned] for s in self}
 
-    def full(self, name: str) -> Tensor:
-        """A whole parameter in master precision, on the CPU. For tests and small models: every rank must ask for it."""
-        mine = [(b, t.cpu()) for b, t in self.owned().get(name, [])]
-        whole = torch.full(self.shapes[name], float("nan"), dtype=self.master_dtype)
-        for boxes in self.mesh.gather_objects(mine):
-            for box, values in boxes:
-                rows = whole[box.start : box.start + box.rows]
+    def full(self) -> dict[str, Tensor]:
+        """Every parameter of the whole model by name, in master precision, on the CPU. For tests and small models: every rank must ask."""
+        mine = {name: [(b, t.cpu()) for b, t in parts] for name, parts in self.owned().items()}
+        whole: dict[str, Tensor] = {}
+        for shapes, theirs in self.mesh.gather_objects(({name: self.shapes[name] for name in mine}, mine)):
+            for name, shape in shapes.items():
+                whole.setdefault(name, torch.full(shape, float("nan"), dtype=self.master_dtype))
+            for name, box, values in [(n, *part) for n, parts in theirs.items() for part in parts]:
+                rows = whole[name][box.start : box.start + box.rows]
                 (rows if box.columns is None else rows[:, slice(*box.columns)]).copy_(values)
         return whole
 
