@@ -8,6 +8,8 @@ import os
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_swift.kernels import layers
 from megatron_swift.kernels.adamw import AdamScalars, Updated, plain_adamw
@@ -101,6 +103,27 @@ def test_where_weights_gradients_are_formed(recomputed):
     out = kernels.swiglu_linear(z, weight[:8]) + kernels.linear(x, weight[8:])
     out.sum().backward()
     assert len(asked) == (2 if recomputed else 4)
+
+
+@needs_triton
+def test_a_repeated_mlp_leaves_its_last_product_out():
+    """Recomputation stops at the input of linear_fc2; without that form the product of linear_fc2 would be computed once more."""
+    x, norm, first, second = (values(*shape).float().requires_grad_() for shape in ((6, 8), (8,), (16, 8), (8, 8)))
+
+    def flops(*, recomputed, repeat):
+        kernels = layers._triton_kernels((), recomputed=recomputed)
+
+        def mlp(x):
+            return kernels.swiglu_linear(kernels.norm_linear(x, norm, first, None, 1e-6), second)
+
+        with FlopCounterMode(display=False) as counter:
+            (checkpoint(mlp, x, use_reentrant=False) if repeat else mlp(x)).sum().backward()
+        return counter.get_total_flops()
+
+    once, fc1, fc2 = flops(recomputed=True, repeat=False), 2 * 6 * 8 * 16, 2 * 6 * 8 * 8
+    assert once == flops(recomputed=False, repeat=False) == 3 * (fc1 + fc2)
+    assert flops(recomputed=True, repeat=True) == once + fc1
+    assert flops(recomputed=False, repeat=True) == once + fc1 + fc2
 
 
 @needs_triton

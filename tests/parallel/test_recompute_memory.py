@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from megatron_swift.kernels.attention import Segments
+from megatron_swift.kernels.layers import choose_layer_kernels
+from megatron_swift.parallel import build
 from megatron_swift.parallel import mesh as meshes
 from megatron_swift.parallel.mesh import Sizes
 from megatron_swift.parallel.recompute import Recompute
@@ -76,3 +78,26 @@ def test_less_is_kept(models, family, ranks, modules, less):
     saved, expected = most(()) - most(modules), less * T * LAYERS * 4
     print(f"{saved / MIB:.1f} MiB less, {expected / MIB:.1f} expected")
     assert saved > 0.85 * expected
+
+
+@pytest.mark.parametrize(
+    ("options", "dense", "sparse"),
+    [
+        (Recompute(), False, False),
+        (Recompute("full", "block", 1), True, True),
+        (Recompute("selective", modules=("layernorm",)), False, False),
+        (Recompute("selective", modules=("mlp", "layernorm")), True, False),  # shared experts are not repeated
+    ],
+)
+def test_engines_choose_the_mlps_form(models, monkeypatch, options, dense, sparse):
+    """What is computed again as a whole keeps the input of its last product, on a GPU: that product is left out then."""
+    asked = []
+
+    def chosen(*args, recomputed, **others):
+        asked.append(recomputed)
+        return choose_layer_kernels(*args, recomputed=recomputed, **others)
+
+    monkeypatch.setattr(build, "choose_layer_kernels", chosen)
+    for family in ("qwen3", "qwen3_moe"):
+        make_engine(models / family, torch.float32, recompute=options)
+    assert asked == [dense, sparse]

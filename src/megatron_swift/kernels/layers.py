@@ -145,8 +145,8 @@ def choose_layer_kernels(
 
     unfused    : of NAMES, those that shall stay torch's own operators.
     used       : of NAMES, those that the model has in the form of the kernels.
-    recomputed : whole layers are computed again before their backward pass. That stops at the last tensor which the backward pass needs,
-    so the input of linear_fc2 is kept: to form it there would cost the product of linear_fc2 once more.
+    recomputed : whole layers or MLPs are computed again before their backward pass. That stops at the last tensor which the backward pass
+    needs, so the input of linear_fc2 is kept: to form it there would cost the product of linear_fc2 once more.
     later      : how the kernels form the gradients of the linear layers' weights.
     """
     assert set(unfused) <= NAMES.keys(), unfused

@@ -50,7 +50,7 @@ def build_engine(cfg: ModelConfig, mesh: Mesh, options: EngineOptions) -> Engine
     if options.tp_comm_overlap:
         require_symmetric_memory(mesh.tp, device)
     later = _choose_later(options, device, sharded=sharded)
-    fp8 = _choose_fp8(options, device, later, sharded=sharded)
+    fp8 = _choose_fp8(cfg, options, device, later, sharded=sharded)
     for number in range(options.chunks_per_rank):
         stage = number * mesh.pp.size + mesh.pp.rank
         model = build_decoder(
@@ -102,15 +102,16 @@ def _choose_later(options: EngineOptions, device: torch.device, *, sharded: bool
     return SecondStream(device) if options.second_stream and apart and device.type == "cuda" else AT_ONCE
 
 
-def _choose_fp8(options: EngineOptions, device: torch.device, later: Later, *, sharded: bool) -> Fp8Linears | None:
+def _choose_fp8(
+    cfg: ModelConfig, options: EngineOptions, device: torch.device, later: Later, *, sharded: bool
+) -> Fp8Linears | None:
     stay = not (sharded and options.sharding is Sharding.OPTIM_GRADS_PARAMS)
-    again = options.recompute.granularity == "full" or options.recompute.has("mlp")
     return choose_fp8(
         options.fp8,
         device=device,
         dtype=options.compute_dtype,
         keep_weights=stay,
-        recomputed=again,
+        recomputed=options.recompute.repeats_mlps(sparse=cfg.moe is not None),
         later=later,
     )
 
@@ -137,7 +138,7 @@ def _install_layer_kernels(
         options.unfused,
         device=mesh.device,
         dtype=options.compute_dtype,
-        recomputed=options.recompute.granularity == "full",
+        recomputed=options.recompute.repeats_mlps(sparse=model.cfg.moe is not None),
         used=model.fusible,
         later=later,
     )

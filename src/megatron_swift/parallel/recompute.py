@@ -33,6 +33,10 @@ class Recompute:
         """Whether this part of a layer is computed again."""
         return self.granularity == "selective" and module in self.modules
 
+    def repeats_mlps(self, *, sparse: bool) -> bool:
+        """Whether all MLPs are computed again as wholes. sparse: the model has experts, whose shared ones are only repeated with their layer."""
+        return self.granularity == "full" or (self.has("mlp") and not sparse)
+
 
 def install(model: Decoder, options: Recompute) -> None:
     """Have the layers computed again as the options say, the core attention aside. Comes after all that exchanges modules."""
