@@ -8,6 +8,7 @@ model FLOPs as train/flops.py counts them: recomputation is not counted. Seconds
 after two that warm up (alpaca: after an epoch).
 `alpaca` steps through real rows instead, two packs of 8192 tokens each step: benchmarks/gpu_rows.py says where they come from.
 With `--fp8_format` each case runs in bfloat16 first and then in 8 bits, once for each recipe; blockwise takes e4m3 whatever the format.
+With `--recompute_modules layernorm mlp,layernorm` each case runs once more for each list.
 `--set` changes fields of EngineOptions, so that two ways to compute can be told apart. Prints one line per case, then JSON.
 """
 
@@ -243,10 +244,11 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 def ways(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Changes of EngineOptions to measure each case with, by what is added to its name."""
-    if arguments.fp8_format is None:
-        return {"": {}}
     found: dict[str, dict[str, Any]] = {"": {}}
-    for recipe in arguments.fp8_recipe:
+    for modules in arguments.recompute_modules:
+        chosen = tuple(modules.split(","))
+        found[f"-again-{'-'.join(chosen)}"] = {"recompute": Recompute("selective", modules=chosen)}
+    for recipe in arguments.fp8_recipe if arguments.fp8_format else ():
         kind = "e4m3" if recipe == "blockwise" else arguments.fp8_format
         for fast in (False, True) if arguments.fp8_fast_backward and recipe != "blockwise" else (False,):
             options = Fp8Options(format=kind, recipe=recipe, fast_backward=fast)
@@ -265,6 +267,9 @@ def main() -> None:
         "--fp8_recipe", nargs="+", choices=("tensorwise", "rowwise", "blockwise"), default=["tensorwise"]
     )
     parser.add_argument("--fp8_fast_backward", action="store_true", help="the same with fast sums in the backward pass")
+    parser.add_argument(
+        "--recompute_modules", nargs="*", default=[], metavar="LIST", help="as in megatron sft, joined by commas"
+    )
     parser.add_argument("--torch_compile", choices=("auto", "true", "false"), help="as in megatron sft")
     parser.add_argument("--profile", type=Path, help="folder for a table of one step's kernels per case")
     parser.add_argument("--out", type=Path, help="also write the JSON here")

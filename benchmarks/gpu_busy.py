@@ -7,8 +7,10 @@ process. The first half of the steps, in which kernels are compiled and caches f
 over the time from the end of one optimizer step to the end of a later one. Prints the share, of all and step by step, and which kernels the longest
 waits stand between. What the host did: its longest calls into CUDA, and the longest times between two of them ("host"); what the tracer says of its
 own work ("overhead"). Beside the trace a process sleeps for 2 ms again and again; where it wakes more than 20 ms late, the whole machine
-stood still ("pauses"). Times are in one count. `--untraced`: the same steps without the trace first. The tracer makes each launch dearer,
-so that a host that is slow for a moment falls behind; "busy_of_untraced" is the traced busy time over the time of the same steps without it.
+stood still ("pauses"); how long this process's first thread had to wait for a processor is "waited", what a hypervisor took from all of
+them "stolen", in seconds over the whole command. Times are in one count. `--untraced`: the same steps without the trace first. The tracer makes
+each launch dearer, so that a host that is slow for a moment falls behind; "busy_of_untraced" is the traced busy time over the time of the
+same steps without it.
 """
 
 from __future__ import annotations
@@ -61,11 +63,13 @@ while True:
 def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Run `megatron sft` and return what the device did, in order, name, ts and dur in microseconds; and what the host did."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
+    before = waits_of_the_host()
     with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True) as watch:
         with torch.profiler.profile(activities=activities) as profiler:
             train(flags)
         watch.terminate()
         pauses = [tuple(float(t) * 1e6 for t in line.split()) for line in watch.communicate()[0].splitlines()]
+    after = waits_of_the_host()
     profiler.export_chrome_trace(str(trace))
     with gzip.open(trace, "rt") as file:
         whole = json.load(file)
@@ -76,7 +80,15 @@ def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], dict[st
     host = host_side(kinds.get("cuda_runtime", []) + kinds.get("cuda_driver", []))
     host["overhead"] = longest((float(e["ts"]), float(e["dur"]), e["name"]) for e in kinds.get("overhead", []))
     host["pauses"] = [(round(start - base), round(stop - start)) for start, stop in pauses]
+    host |= {name: round(after[name] - before[name], 2) for name in after}
     return sorted(kinds["device"], key=lambda e: float(e["ts"])), host
+
+
+def waits_of_the_host() -> dict[str, float]:
+    """Seconds since the start: this process's first thread ready and without a processor; processors taken by a hypervisor, summed."""
+    waited = int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    stolen = int(Path("/proc/stat").read_text().split("\n")[0].split()[8]) / os.sysconf("SC_CLK_TCK")
+    return {"waited": waited, "stolen": stolen}
 
 
 def longest(spans: Iterable[tuple[float, float, str]]) -> list[tuple[int, int, str]]:
