@@ -1,6 +1,7 @@
 # Every target sets up what it needs, on a machine with nothing but Python (>= 3.11) and make.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+JOBS   ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 
 help:
 	@echo "make demo       fine-tune a real 135M model on who it is, export it, and ask it"
-	@echo "make test       the tests (a few minutes on two cores)"
+	@echo "make test       the tests, JOBS=2 files at a time (10 to 20 minutes on two cores)"
 	@echo "make test-slow  the tests marked slow too"
 	@echo "make check      ruff, mypy and the generated pages"
 	@echo "make fuzz       200 random parallel layouts against one process"
@@ -32,8 +33,9 @@ $(VENV)/dev.ready: $(VENV)/torch.ready pyproject.toml
 demo: $(VENV)/demo.ready
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
+# Whole files at a time: what a file's tests share is made once.
 test: $(VENV)/dev.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/dev.ready
 	$(BIN)/python -m pytest

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -132,13 +132,18 @@ def test_help(program, name, capsys):
     assert f"{program} {name}" in out and "--model" in out
 
 
+def spent_by_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick(tmp_path):
-    """Half a second, at best of three: torch alone takes longer."""
+    """Half a second of a processor, at best of three: torch alone takes longer."""
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = spent_by_children()
         done = subprocess.run(command("megatron", "sft", "--help"), capture_output=True, env=environment(), check=True)
-        times.append(time.perf_counter() - began)
+        times.append(spent_by_children() - began)
     assert min(times) < 0.5 and b"--tensor_model_parallel_size" in done.stdout
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_swift import launch
 from megatron_swift.checkpoint.publish import latest
 from megatron_swift.launch import FAILURES, guarded, torchrun_options, wants_torchrun
-from megatron_swift.testing import make_tiny_model
+from megatron_swift.testing import free_port, make_tiny_model
 from megatron_swift.utils.errors import DataError, NonFiniteError, UsageError
 from scripts import Said, call, command, environment
 
@@ -312,12 +312,6 @@ def test_a_bad_row_that_a_loader_process_meets(place, tmp_path):
     said = call(*command, *flags, "--save", tmp_path / "out", cwd=place)
     assert said.code == 3, said.err
     assert said.err.count(f"{path}:201: bad JSON") == 1 and "Traceback" not in said.err
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 import traceback
@@ -208,7 +209,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
     context = multiprocessing.get_context("fork")
     pairs = [context.Pipe(duplex=False) for _ in range(num_ranks)]
     held = context.Pipe(duplex=False)
-    port = _free_port()
+    port = free_port()
     senders = [sender for _, sender in pairs]
     processes = [
         context.Process(target=_rank_main, args=(rank, num_ranks, port, senders, held, function, args))
@@ -230,12 +231,15 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
             end.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on, from below those that Linux gives to whoever asks for any: before a rank takes it, no other program will."""
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank_main(

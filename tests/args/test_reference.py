@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 from megatron_swift.args.commands import SftArguments, parse
 from megatron_swift.args.reference import help_text
 help_text(SftArguments, "megatron sft", 100)
 parse(SftArguments, ["--lr", "1e-5"])
-print(time.perf_counter() - start, "torch" in sys.modules or "yaml" in sys.modules or "numpy" in sys.modules)
+print(time.process_time() - start, "torch" in sys.modules or "yaml" in sys.modules or "numpy" in sys.modules)
 """
 
 

@@ -55,7 +55,7 @@ def test_a_window_leaves_no_half_empty_last_bin():
 
 def test_heavy_load_is_fast_and_tight():
     lengths = np.random.default_rng(0).lognormal(5.5, 1, 100_000).astype(int).clip(1, 4096).tolist()
-    begin = time.perf_counter()
+    begin = time.process_time()
     packs = pack(lengths, 4096)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     assert sum(lengths) / (len(packs) * 4096) >= 0.98

@@ -79,8 +79,9 @@ LAYOUTS = [
     (8, Sizes(pp=2, cp=2), ZERO3 | RING),
     (8, Sizes(tp=2, cp=2), SP | ZERO0 | HEADS),
 ]
-# All layouts run on a tied and an untied model; float32 on those that differ in their arithmetic.
+# All layouts run on a tied and an untied model; those that differ in their arithmetic in float32, too, on either model in turn.
 MODELS = [("qwen3", True), ("qwen2", False)]
+IN_FLOAT32 = [x for x in LAYOUTS if x[0] <= 2 or x[0] == 8]
 
 
 def name(layout) -> str:
@@ -115,7 +116,11 @@ def on_layout(rank, folder, dtype, samples, sizes, options, lr=LR, tamper=lambda
     return result
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda m: f"{m[0]}-{'tied' if m[1] else 'untied'}")
+def model_name(model) -> str:
+    return f"{model[0]}-{'tied' if model[1] else 'untied'}"
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=model_name)
 def folder(request, tmp_path_factory):
     family, tied = request.param
     return make_tiny_model(tmp_path_factory.mktemp("model"), family=family, tied=tied, layers=5, **SMALL)
@@ -138,7 +143,15 @@ def expected32(folder):
     return by_hand(folder, torch.float32, SAMPLES, lr=LR32)
 
 
-@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x[0] <= 2 or x[0] == 8], ids=name)
+@pytest.mark.parametrize(
+    ("folder", "layout"),
+    [
+        pytest.param(m, x, id=f"{model_name(m)}-{name(x)}", marks=[pytest.mark.slow] if (i + j) % 2 else [])
+        for j, m in enumerate(MODELS)
+        for i, x in enumerate(IN_FLOAT32)
+    ],
+    indirect=["folder"],
+)
 def test_float32(folder, expected32, layout):
     ranks, sizes, options = layout
     result = run_ranks(on_layout, ranks, folder, torch.float32, SAMPLES, sizes, options, LR32)[0]
