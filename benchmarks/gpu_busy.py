@@ -5,12 +5,14 @@
 The model has Qwen2.5-1.5B's shape and random weights, made in a temporary folder. Packs of 8192 tokens, two micro-batches a step, one
 process. The first half of the steps, in which kernels are compiled and caches fill, is left out. Busy: the union of all kernels and copies,
 over the time from the end of one optimizer step to the end of a later one. Prints the share, of all and step by step, and which kernels the longest
-waits stand between. What the host did: its longest calls into CUDA, and the longest times between two of them ("host"); what the tracer says of its
-own work ("overhead"). Beside the trace a process sleeps for 2 ms again and again; where it wakes more than 20 ms late, the whole machine
-stood still ("pauses"); how long this process's first thread had to wait for a processor is "waited", what a hypervisor took from all of
-them "stolen", in seconds over the whole command. Times are in one count. `--untraced`: the same steps without the trace first. The tracer makes
-each launch dearer, so that a host that is slow for a moment falls behind; "busy_of_untraced" is the traced busy time over the time of the
-same steps without it.
+waits stand between. How long this process's first thread had to wait for a processor is "waited", what a hypervisor took from all of
+them "stolen", in seconds over the whole command. `--untraced`: the same steps without the trace first; "busy_of_untraced" is the traced busy time over the
+time of the same steps without it.
+
+The trace is cupti.py's, of the device alone. `--host` takes torch's profiler instead, which makes each launch dearer, so that a host that is slow
+for a moment falls behind. It says what the host did: its longest calls into CUDA, the longest times between two of them ("host"), and the tracer's
+own work ("overhead"). Beside it a process sleeps for 2 ms again and again; where it wakes more than 20 ms late, the whole machine
+stood still ("pauses"). All times are in one count.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cupti import recorded
 from gpu_rows import DATA, TOKENIZER
 
 from megatron_swift.cli import main as megatron
@@ -60,8 +63,19 @@ while True:
 """
 
 
-def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run `megatron sft` and return what the device did, in order, name, ts and dur in microseconds; and what the host did."""
+Events = list[dict[str, Any]]  # what the device did, in order: name, ts and dur in microseconds
+
+
+def traced(flags: list[str]) -> tuple[Events, dict[str, Any]]:
+    """Run `megatron sft` under a trace of the device."""
+    before = waits_of_the_host()
+    with recorded() as events:
+        train(flags)
+    return events, waits_of_the_host(before)
+
+
+def traced_with_host(flags: list[str], trace: Path) -> tuple[Events, dict[str, Any]]:
+    """The same by torch's profiler; and what the host did."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     before = waits_of_the_host()
     with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, text=True) as watch:
@@ -69,7 +83,7 @@ def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], dict[st
             train(flags)
         watch.terminate()
         pauses = [tuple(float(t) * 1e6 for t in line.split()) for line in watch.communicate()[0].splitlines()]
-    after = waits_of_the_host()
+    waits = waits_of_the_host(before)
     profiler.export_chrome_trace(str(trace))
     with gzip.open(trace, "rt") as file:
         whole = json.load(file)
@@ -80,15 +94,15 @@ def traced(flags: list[str], trace: Path) -> tuple[list[dict[str, Any]], dict[st
     host = host_side(kinds.get("cuda_runtime", []) + kinds.get("cuda_driver", []))
     host["overhead"] = longest((float(e["ts"]), float(e["dur"]), e["name"]) for e in kinds.get("overhead", []))
     host["pauses"] = [(round(start - base), round(stop - start)) for start, stop in pauses]
-    host |= {name: round(after[name] - before[name], 2) for name in after}
-    return sorted(kinds["device"], key=lambda e: float(e["ts"])), host
+    return sorted(kinds["device"], key=lambda e: float(e["ts"])), host | waits
 
 
-def waits_of_the_host() -> dict[str, float]:
-    """Seconds since the start: this process's first thread ready and without a processor; processors taken by a hypervisor, summed."""
+def waits_of_the_host(since: dict[str, float] | None = None) -> dict[str, float]:
+    """Seconds in which this process's first thread was ready and without a processor; processors taken by a hypervisor, summed."""
     waited = int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
     stolen = int(Path("/proc/stat").read_text().split("\n")[0].split()[8]) / os.sysconf("SC_CLK_TCK")
-    return {"waited": waited, "stolen": stolen}
+    since = since or {"waited": 0.0, "stolen": 0.0}
+    return {"waited": round(waited - since["waited"], 2), "stolen": round(stolen - since["stolen"], 2)}
 
 
 def longest(spans: Iterable[tuple[float, float, str]]) -> list[tuple[int, int, str]]:
@@ -124,7 +138,7 @@ def untraced(flags: list[str], run: Path, steps: int) -> dict[str, Any]:
     return {"mean": round(statistics.mean(times), 2), "steps": times}
 
 
-def ends_of_steps(events: list[dict[str, Any]]) -> list[int]:
+def ends_of_steps(events: Events) -> list[int]:
     """The place of each step's last update."""
     updates = [i for i, event in enumerate(events) if event["name"] == UPDATE]
     return [a for a, b in zip(updates, [*updates[1:], len(events) + 10**6], strict=True) if b - a > 100]
@@ -135,7 +149,7 @@ def end_of(event: dict[str, Any]) -> float:
     return float(event["ts"]) + float(event["dur"])
 
 
-def busy_and_waits(events: list[dict[str, Any]]) -> tuple[float, list[tuple[float, str, str, float]]]:
+def busy_and_waits(events: Events) -> tuple[float, list[tuple[float, str, str, float]]]:
     """After the end of the first event: microseconds in which the device did something, and each wait: how long, between what, since when."""
     at = end_of(events[0])
     busy, waits = 0.0, []
@@ -148,12 +162,12 @@ def busy_and_waits(events: list[dict[str, Any]]) -> tuple[float, list[tuple[floa
     return busy, waits
 
 
-def share(events: list[dict[str, Any]]) -> float:
+def share(events: Events) -> float:
     """Of the time after the end of the first event, the part in which the device did something."""
     return busy_and_waits(events)[0] / (max(map(end_of, events)) - end_of(events[0]))
 
 
-def measure(events: list[dict[str, Any]], host: dict[str, Any]) -> dict[str, Any]:
+def measure(events: Events, host: dict[str, Any]) -> dict[str, Any]:
     """The share of time in which the device did something, of all and of each step of the second half, and the longest waits."""
     ends = ends_of_steps(events)
     later = ends[len(ends) // 2 - 1 :]  # the second half begins where the step before it ends
@@ -190,6 +204,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--untraced", action="store_true")
+    parser.add_argument("--host", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -210,7 +225,9 @@ def main() -> None:
         }
         typed = [part for name, value in run.items() for part in (f"--{name}", str(value))]
         plain = untraced([*typed, *flags], folder / "untraced", arguments.steps) if arguments.untraced else None
-        result = measure(*traced([*typed, *flags], folder / "trace.json.gz"))
+        typed += flags
+        trace = traced_with_host(typed, folder / "trace.json.gz") if arguments.host else traced(typed)
+        result = measure(*trace)
     if plain is not None:
         of_untraced = result["busy"] * result["milliseconds_per_step"] / plain["mean"]
         result = {"busy_of_untraced": round(of_untraced, 4), "untraced": plain} | result

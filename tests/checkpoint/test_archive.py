@@ -121,10 +121,8 @@ def rewritten(path, content):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (
-            b"\x80\x02}r\x00\x00\x00\x04.",
-            "puts something at place 67108864",
-        ),  # a gigabyte, for which Python's unpickler asks
+        # A gigabyte, for which Python's unpickler asks.
+        (b"\x80\x02}r\x00\x00\x00\x04.", "puts something at place 67108864"),
         (b"\x80\x02}p67108864\n.", "puts something at place 67108864"),
         (b"\x80\x05\x96\x00\x00\x00\x40\x00\x00\x00\x00abc.", "expected 1073741824 bytes"),
         (b"\x80\x02}q\x00X\x03\x00\x00\x00ab", "expected 3 bytes"),

@@ -65,9 +65,8 @@ def check_sizes(content: bytes) -> None:
     About a microsecond an operation, six times what Python's own unpickler takes.
     """
     for number, (opcode, argument, at) in enumerate(pickletools.genops(content)):
-        if (
-            "PUT" in opcode.name and (argument or 0) > number
-        ):  # places are counted up from 0, one for an operation at most
+        # Places are counted up from 0, one for an operation at most.
+        if "PUT" in opcode.name and (argument or 0) > number:
             raise ValueError(f"byte {at} of the pickle puts something at place {argument}, after {number} operations")
 
 
