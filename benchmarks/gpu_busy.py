@@ -6,8 +6,8 @@ The model has Qwen2.5-1.5B's shape and random weights, made in a temporary folde
 process. The first half of the steps, in which kernels are compiled and caches fill, is left out. Busy: the union of all kernels and copies,
 over the time from the end of one optimizer step to the end of a later one. Prints the share, of all and step by step, and which kernels the longest
 waits stand between. How long this process's first thread had to wait for a processor is "waited", what a hypervisor took from all of
-them "stolen", in seconds over the whole command. `--untraced`: the same steps without the trace first; "busy_of_untraced" is the traced busy time over the
-time of the same steps without it.
+them "stolen", in seconds over the whole command. `--untraced`: the same steps without the trace first; "busy_of_untraced" is the traced
+busy time over the time of the same steps without it.
 
 The trace is cupti.py's, of the device alone. `--host` takes torch's profiler instead, which makes each launch dearer, so that a host that is slow
 for a moment falls behind. It says what the host did: its longest calls into CUDA, the longest times between two of them ("host"), and the tracer's
