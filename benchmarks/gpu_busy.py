@@ -223,9 +223,8 @@ def main() -> None:
             "no_save_optim": "true",
             "lr": 1e-5,
         }
-        typed = [part for name, value in run.items() for part in (f"--{name}", str(value))]
-        plain = untraced([*typed, *flags], folder / "untraced", arguments.steps) if arguments.untraced else None
-        typed += flags
+        typed = [part for name, value in run.items() for part in (f"--{name}", str(value))] + flags
+        plain = untraced(typed, folder / "untraced", arguments.steps) if arguments.untraced else None
         trace = traced_with_host(typed, folder / "trace.json.gz") if arguments.host else traced(typed)
         result = measure(*trace)
     if plain is not None:

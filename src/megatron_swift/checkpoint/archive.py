@@ -8,7 +8,6 @@ read before it is looked at.
 from __future__ import annotations
 
 import collections
-import io
 import math
 import pickle
 import struct
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_swift.checkpoint.safe_pickle import check_sizes
+from megatron_swift.checkpoint.safe_pickle import FrugalUnpickler
 from megatron_swift.utils.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, lengths of the name and of the extra field
@@ -113,7 +112,6 @@ def _read(path: Path, *, placed: bool) -> Any:
             raise ValueError(f"its byte order is {order!r}")
         places = {name: (data_start(file, info), info.file_size) for name, info in names.items() if name[:5] == "data/"}
         content = _content(archive, names["data.pkl"])
-    check_sizes(content)
     return _Unpickler(content, path, places, placed=placed).load()
 
 
@@ -136,9 +134,9 @@ def data_start(file: Any, info: zipfile.ZipInfo) -> int:
     return info.header_offset + _LOCAL_HEADER.size + int(name) + int(extra)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(FrugalUnpickler):
     def __init__(self, content: bytes, path: Path, places: dict[str, tuple[int, int]], *, placed: bool):
-        super().__init__(io.BytesIO(content))
+        super().__init__(content)
         self.placed = placed
         self.path, self.places, self.size = path, places, path.stat().st_size
         self._mapped: Any = None  # the file as one storage

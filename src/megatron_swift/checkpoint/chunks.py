@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_swift.checkpoint.archive import STORAGES, data_start
-from megatron_swift.checkpoint.safe_pickle import check_sizes
+from megatron_swift.checkpoint.safe_pickle import FrugalUnpickler
 from megatron_swift.checkpoint.stored import long_axis
 
 
@@ -113,9 +113,7 @@ def _find(part: _Part) -> _Record | None:
         if "byteorder" in members and _content(part, members["byteorder"]) != b"little":
             return None
         try:
-            content = _content(part, members["data.pkl"])
-            check_sizes(content)
-            found = _Unpickler(io.BytesIO(content)).load()
+            found = _Unpickler(_content(part, members["data.pkl"])).load()
         except pickle.UnpicklingError:
             return None
         values = members["data/0"]
@@ -159,7 +157,7 @@ def _rebuilt(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Ten
     return _Tensor(storage.dtype, tuple(size), plain)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(FrugalUnpickler):
     """Knows a plain tensor and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
